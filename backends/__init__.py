@@ -1,0 +1,7 @@
+"""All backends on one page: name -> where it lives, imported when it is asked for."""
+
+from __future__ import annotations
+
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "trivium.backends.onnxruntime.backend:BACKEND",
+}

@@ -1,0 +1,92 @@
+"""The ONNX Runtime backend: writes an optimized ``.onnx`` and runs it on this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler import model as models
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import BuildRequest, Executable, Tensors
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.onnx_api import one_line
+from trivium.compiler.samples import conform
+from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime's CPU execution provider."""
+
+    name = "onnxruntime"
+
+    def available(self) -> str | None:
+        return None
+
+    def toolchain(self) -> dict[str, str]:
+        from importlib.metadata import version
+
+        return {"onnxruntime": version("onnxruntime")}
+
+    def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
+        return ()
+
+    def refuses(self, node: ir.Node, target: Target) -> str | None:
+        return None
+
+    def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
+        return Estimate(None)
+
+    def build(self, model: ir.Model, request: BuildRequest) -> Built:
+        files = models.save(model, request.folder / "model.onnx")
+        inputs, outputs = models.signature(model)
+        _session(str(files[0]))
+        return Built(
+            programs=(Program("main", "model.onnx", inputs, outputs),),
+            weights=files[1].name if len(files) > 1 else None,
+        )
+
+    def load(self, artifact: Artifact) -> Executable:
+        return OnnxRuntimeExecutable(artifact)
+
+
+def _session(path: str) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen kinds without a common base
+        raise BackendFailed(one_line(error), about="onnxruntime") from error
+
+
+class OnnxRuntimeExecutable:
+    """A session over an artifact's model."""
+
+    measures_target = True
+
+    def __init__(self, artifact: Artifact) -> None:
+        program = artifact.programs[0]
+        self.inputs: Sequence[TensorInfo] = program.inputs
+        self._session = _session(str(artifact.path / program.file))
+        self._outputs = [info.name for info in program.outputs]
+        self.where = f"ONNX Runtime {artifact.backend.toolchain()['onnxruntime']} on this CPU"
+
+    def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+        ready = {}
+        for info in self.inputs:
+            if info.name not in feeds:
+                raise BadInput(f"the input {info.name!r} is missing", about="run")
+            ready[info.name] = conform(feeds[info.name], info, about="run")
+        try:
+            results = self._session.run(self._outputs, ready)
+        except Exception as error:  # as above
+            raise BackendFailed(one_line(error), about="onnxruntime") from error
+        return dict(zip(self._outputs, results, strict=True))
+
+
+BACKEND = OnnxRuntimeBackend()

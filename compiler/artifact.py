@@ -1,0 +1,204 @@
+"""The folder that a compile leaves behind: manifest, checksums, and a safe way in and out.
+
+An artifact is written under a temporary name beside its final place and moved there whole, so a
+half-written one is never seen. It is read without pickle, and only after every file's SHA-256
+agrees with the manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler import plugins
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.types import Program, TensorInfo
+
+if TYPE_CHECKING:
+    from trivium.compiler.backend import Backend, Executable
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk.
+
+    Attributes:
+        path: The folder.
+        manifest: What it says of itself; see ``docs/architecture.md`` for the keys.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, checked: bool = True) -> Artifact:
+        """Open an artifact.
+
+        Args:
+            path: The folder.
+            checked: Whether to compare every file with its checksum first.
+
+        Raises:
+            BadInput: Not an artifact, written by a newer Trivium, or damaged.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        if not manifest_path.is_file():
+            raise BadInput(
+                "not an artifact (it has no manifest.json)",
+                about=str(path),
+                remedy="make one with: trivium compile MODEL --target NAME -o OUT",
+            )
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            schema = manifest["schema"]
+            files = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                "its manifest is damaged", about=str(path), remedy="compile it again"
+            ) from error
+        if schema != SCHEMA:
+            raise BadInput(
+                f"its schema is {schema}, this Trivium reads {SCHEMA}",
+                about=str(path),
+                remedy="compile it again",
+            )
+        if checked:
+            _check_files(path, files)
+        return cls(path, manifest)
+
+    @property
+    def backend(self) -> Backend:
+        backend: Backend = plugins.get("trivium.backends", self.manifest["backend"])
+        return backend
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return tuple(
+            Program(
+                one["name"],
+                one["file"],
+                tuple(_tensor_info(t) for t in one["inputs"]),
+                tuple(_tensor_info(t) for t in one["outputs"]),
+            )
+            for one in self.manifest["programs"]
+        )
+
+    def load(self) -> Executable:
+        """Load it onto its target, or the nearest stand-in here; see ``Backend.load``."""
+        return self.backend.load(self)
+
+
+def _tensor_info(table: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(table["name"], table["dtype"], tuple(table["shape"]))
+
+
+def _check_files(path: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+            raise BadInput(
+                f"the file {name} is missing", about=str(path), remedy="compile it again"
+            )
+        if file_hash(file) != expected:
+            raise BadInput(
+                f"the file {name} does not match its checksum",
+                about=str(path),
+                remedy="it was changed or damaged after the compile; compile it again",
+            )
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder except the manifest, by relative path."""
+    return {
+        file.relative_to(folder).as_posix(): file_hash(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, checksums of its files included."""
+    document = {"schema": SCHEMA, **manifest, "files": hash_files(folder)}
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``out`` when the block ends well.
+
+    An older artifact at ``out`` stays until that moment and is replaced whole; anything there that
+    is not an artifact is never touched.
+
+    Raises:
+        BadInput: ``out`` exists and is no artifact, or its parent cannot be written.
+        BackendFailed: The disk is full.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        empty = out.is_dir() and not any(out.iterdir())
+        if not empty:
+            raise BadInput(
+                "exists and is not an artifact", about=str(out), remedy="give another -o OUT"
+            )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BadInput(f"cannot be written ({error.strerror})", about=str(out.parent)) from error
+    try:
+        yield folder
+        move_into_place(folder, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BackendFailed(
+                "the disk is full",
+                about=str(out.parent),
+                remedy="free some space; nothing was left",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(folder: Path, out: Path) -> None:
+    """Rename ``folder`` to ``out``, replacing an older folder of that name as a whole."""
+    folder.chmod(0o755)
+    for _ in range(100):
+        try:
+            folder.rename(out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # Another compile may have finished meanwhile: the last one wins, none is torn.
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        try:
+            os.rename(out, old)
+        except FileNotFoundError:
+            pass
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    raise BackendFailed("other processes keep writing there", about=str(out))

@@ -1,0 +1,296 @@
+"""What every pass needs: the base class, options read from its fields, and the few graph edits
+that hide the traps of onnx_ir.
+
+The traps: ``Value.uses()`` leaves out graph outputs, so fusing past one is a real bug
+(`read_once`); ``Node.graph``, ``Value.shape`` and ``Value.dtype`` are Optional (`dims`); the name,
+type and shape of a replaced output must move to its replacement (`splice`); an
+``ExternalTensor`` cannot be released while a numpy view of it lives (`constant` copies what is
+small and never maps what is large unless asked).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import onnx_ir as ir
+
+from trivium.compiler.types import Preserves
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SMALL_BYTES = 1 << 20
+
+
+def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:
+    """A field of a pass that the command line, recipes and docs offer as an option."""
+    metadata = {"help": help, "choices": tuple(choices)}
+    if isinstance(default, (list, dict, set)):
+        raise TypeError("options are immutable: use a tuple")
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def from_context(name: str) -> Any:
+    """A field that the compile fills in (``target``, ``calibration``, ``seed``), not the user."""
+    return dataclasses.field(
+        default=None, metadata={"context": name}, repr=False, compare=False, kw_only=True
+    )
+
+
+class Pass(ir.passes.InPlacePass):
+    """A pass that changes a model in place.
+
+    Subclasses are frozen dataclasses; fields made by `option` are its options. ``call`` returns
+    whether it modified the model, and running a pass twice does no more than running it once.
+    """
+
+    name: ClassVar[str]
+    preserves: ClassVar[Preserves]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return ir.passes.PassResult(model, self.run(model))
+
+    def run(self, model: ir.Model) -> bool:
+        """Change the model; return whether anything changed."""
+        raise NotImplementedError
+
+
+class NodePass(Pass):
+    """A pass that looks at one node at a time, in every graph, until nothing changes."""
+
+    def run(self, model: ir.Model) -> bool:
+        modified = False
+        # Each round can only enable rewrites next to the last ones; the bound guards against
+        # two rewrites that undo each other.
+        for _ in range(100):
+            changed = False
+            for graph in list(model.graphs()):
+                for node in graph:
+                    if node.graph is not None:
+                        changed |= self.rewrite(node)
+            modified |= changed
+            if not changed:
+                return modified
+        raise RuntimeError(f"the pass {self.name} does not come to rest")
+
+    def rewrite(self, node: ir.Node) -> bool:
+        """Rewrite around ``node``; return whether anything changed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a pass, as the command line and the docs see it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[Any, ...]
+
+
+def options_of(cls: type) -> tuple[Option, ...]:
+    """Return the options of a pass, from its fields."""
+    return tuple(
+        Option(
+            field.name,
+            str(field.type),
+            field.default,
+            field.metadata["help"],
+            field.metadata["choices"],
+        )
+        for field in dataclasses.fields(cls)
+        if "help" in field.metadata
+    )
+
+
+# --- declining -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Declined:
+    """What a pass left alone, and why."""
+
+    where: str
+    reason: str
+
+
+_declined: ContextVar[dict[Declined, None] | None] = ContextVar("declined", default=None)
+
+
+def decline(subject: ir.Node | ir.Value, reason: str) -> bool:
+    """Note that a pass leaves something alone, and why; return False for ``rewrite`` to return."""
+    notes = _declined.get()
+    if notes is not None:
+        name = subject.name or (subject.op_type if isinstance(subject, ir.Node) else "?")
+        notes[Declined(name, reason)] = None
+    return False
+
+
+@contextmanager
+def declining() -> Iterator[dict[Declined, None]]:
+    """Collect what passes decline inside the block, each reason once, in order."""
+    notes: dict[Declined, None] = {}
+    token = _declined.set(notes)
+    try:
+        yield notes
+    finally:
+        _declined.reset(token)
+
+
+# --- reading the graph ---------------------------------------------------------------------------
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether a node is one of some operators (of the standard domain unless named)."""
+    return node is not None and node.op_type in op_types and node.domain == domain
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value`` if it is one of ``op_types`` (of the standard domain)."""
+    node = value.producer() if value is not None else None
+    return node if is_op(node, *op_types) else None
+
+
+def read_once(value: ir.Value) -> bool:
+    """Whether exactly one node reads the value and no graph returns it."""
+    return not value.is_graph_output() and len(value.uses()) == 1
+
+
+def dims(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    """The shape with symbolic dimensions as None; None if even the rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether the value is stored in the model and the caller cannot replace it."""
+    return value is not None and not value.is_graph_input() and _tensor(value) is not None
+
+
+def constant(
+    value: ir.Value | None, *, limit: int | None = _SMALL_BYTES
+) -> np.ndarray[Any, Any] | None:
+    """The content of a constant, or None if it is not one or exceeds ``limit`` bytes.
+
+    With ``limit=None`` the tensor is read whatever its size: for passes that change weights.
+    """
+    tensor = _tensor(value) if value is not None and not value.is_graph_input() else None
+    if tensor is None or (limit is not None and tensor.nbytes > limit):
+        return None
+    return tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The content of a one-element constant as a float."""
+    array = constant(value)
+    if array is None or array.size != 1:
+        return None
+    return float(array.reshape(()))
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    return ir.convenience.get_const_tensor(value)
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or ``default``."""
+    attr = node.attributes.get(name)
+    return attr.value if isinstance(attr, ir.Attr) else default
+
+
+def graph_of(node: ir.Node) -> ir.Graph:
+    """The graph that holds a node; an error if it was removed."""
+    if node.graph is None:
+        raise ValueError(f"the node {node.name!r} is in no graph")
+    return cast(ir.Graph, node.graph)
+
+
+# --- changing the graph --------------------------------------------------------------------------
+
+
+def splice(
+    old: Sequence[ir.Node],
+    new: ir.Node | Sequence[ir.Node],
+    *,
+    outputs: Sequence[tuple[ir.Value, ir.Value]] | None = None,
+) -> None:
+    """Put ``new`` nodes in the place of ``old`` ones.
+
+    Args:
+        old: Nodes of one graph, the last in graph order first; the new nodes go where it was.
+            Nodes that something else still reads are left in place.
+        new: In topological order; their inputs are outputs of each other or of earlier nodes.
+        outputs: Pairs (old value, new value); by default the outputs of ``old[0]`` and of the last
+            new node. Name, type and shape move to the new value unless it knows better.
+    """
+    nodes = [new] if isinstance(new, ir.Node) else list(new)
+    graph = graph_of(old[0])
+    pairs = list(outputs or zip(old[0].outputs, nodes[-1].outputs, strict=False))
+    graph.insert_after(old[0], nodes)
+    for before, after in pairs:
+        replace(before, after)
+    for node in old:
+        if node.graph is not None and all(unread(value) for value in node.outputs):
+            graph_of(node).remove(node, safe=True)
+
+
+def replace(before: ir.Value, after: ir.Value) -> None:
+    """Make every reader of ``before`` (and the graph's outputs) read ``after``.
+
+    A graph output keeps its name; a value that is an input, an initializer or already an output
+    cannot take it over, so an Identity stands between.
+    """
+    after.shape = after.shape if after.shape is not None else before.shape
+    after.type = after.type if after.type is not None else before.type
+    if before.is_graph_output():
+        name = before.name
+        if after.producer() is None or after.is_graph_output() or after.graph is not before.graph:
+            node = before.producer()
+            assert node is not None
+            identity = ir.node("Identity", [after])
+            graph_of(node).insert_after(node, identity)
+            out = identity.outputs[0]
+            out.shape, out.type = before.shape, before.type
+            before.name = None
+            before.replace_all_uses_with(out, replace_graph_outputs=True)
+            out.name = name
+            return
+        before.name = None
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        after.name = name
+        return
+    if after.producer() is not None and not after.is_graph_output() and after.name is None:
+        after.name, before.name = before.name, None
+    before.replace_all_uses_with(after)
+
+
+def unread(value: ir.Value) -> bool:
+    """Whether no node reads the value and no graph returns it."""
+    return not value.is_graph_output() and not value.uses()
+
+
+def initializer(
+    graph: ir.Graph, array: np.ndarray[Any, Any] | ir.TensorProtocol, name: str
+) -> ir.Value:
+    """Store a new constant in ``graph`` under a name made unique from ``name``."""
+    unique, index = name, 1
+    taken = graph.initializers
+    while unique in taken:
+        unique, index = f"{name}_{index}", index + 1
+    tensor = ir.tensor(array, name=unique) if not isinstance(array, ir.TensorProtocol) else array
+    tensor.name = unique
+    value = ir.Value(
+        name=unique,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,74 @@
+"""Finding backends, passes, targets, recipes and model builders through entry points.
+
+A built-in and a plugin take the same road. An entry point may name one object, or a *table*
+(a mapping of names to ``"module:attribute"``), so that a folder lists all it has on one page and
+nothing is imported before it is used. A duplicate name is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from trivium.compiler.errors import BadInput
+
+GROUPS = (
+    "trivium.backends",
+    "trivium.passes",
+    "trivium.targets",
+    "trivium.recipes",
+    "trivium.models",
+)
+TABLE = "table"
+"""The entry-point name that announces a table instead of one object."""
+
+
+@cache
+def _index(group: str) -> dict[str, str | EntryPoint]:
+    found: dict[str, str | EntryPoint] = {}
+
+    def add(name: str, reference: str | EntryPoint) -> None:
+        if name in found:
+            raise BadInput(
+                f"two plugins offer {name!r} in {group}",
+                remedy="uninstall one of the packages that provide it",
+            )
+        found[name] = reference
+
+    for point in entry_points(group=group):
+        if point.name != TABLE:
+            add(point.name, point)
+            continue
+        table: Mapping[str, str] = point.load()
+        for name, reference in table.items():
+            add(name, reference)
+    return found
+
+
+def names(group: str) -> list[str]:
+    """Return the names that a group offers, in order of registration."""
+    return list(_index(group))
+
+
+@cache
+def get(group: str, name: str) -> Any:
+    """Import and return what a name stands for.
+
+    Raises:
+        BadInput: Nothing of that name is installed; the message lists what is.
+    """
+    index = _index(group)
+    if name not in index:
+        kind = group.rpartition(".")[2].rstrip("s")
+        kind = {"passe": "pass"}.get(kind, kind)
+        raise BadInput(
+            f"no {kind} named {name!r}", remedy=f"known: {', '.join(sorted(index)) or 'none'}"
+        )
+    reference = index[name]
+    if isinstance(reference, EntryPoint):
+        return reference.load()
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,242 @@
+"""Recipes: an ordered list of passes with options, read from TOML, run, and locked.
+
+::
+
+    name = "int8"
+    description = "..."
+    [[pass]]
+    name = "quantize-static"
+    method = "entropy"
+
+The lock of a run is a recipe with every option spelled out, plus what the run rested on; it is
+itself a recipe file, and replaying it on the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler import plugins
+from trivium.compiler.errors import BadInput, TriviumError
+from trivium.compiler.types import Preserves, Target, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.compiler.backend import Tensors
+
+NORMALIZE = "normalize"
+"""The recipe that brings any model to normal form; every compile begins with it."""
+
+_ORDER: tuple[Preserves, ...] = ("exact", "numeric", "lossy")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a recipe and the options that it is given."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of passes with options."""
+
+    name: str
+    steps: tuple[Step, ...]
+    description: str = ""
+    lock: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def preserves(self) -> Preserves:
+        """The weakest promise among its passes."""
+        promises = [plugins.get("trivium.passes", step.name).preserves for step in self.steps]
+        return max(promises, key=_ORDER.index, default="exact")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may ask for besides the model (fields made with ``from_context``).
+
+    Attributes:
+        target: The device compiled for, if any.
+        calibration: Feeds of representative inputs; may be iterated more than once.
+        workload: Shapes that the user bound.
+        seed: Of whatever a pass draws at random.
+    """
+
+    target: Target | None = None
+    calibration: Iterable[Tensors] | None = None
+    workload: Workload = field(default_factory=Workload)
+    seed: int = 0
+
+
+def read(name_or_path: str) -> Recipe:
+    """Return a recipe by name, from a TOML file, or a chain of them joined by ``+``.
+
+    Raises:
+        BadInput: No such recipe, or the file is not one.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        try:
+            return parse(path.read_text(encoding="utf-8"), about=str(path))
+        except OSError as error:
+            raise BadInput(
+                f"cannot be read ({error.strerror})", about=str(path), remedy="check the path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise BadInput("not a text file", about=str(path)) from error
+    if "+" in name_or_path:
+        parts = [read(part) for part in name_or_path.split("+")]
+        return Recipe(name_or_path, tuple(step for part in parts for step in part.steps))
+    recipe: Recipe = plugins.get("trivium.recipes", name_or_path)
+    return recipe
+
+
+def parse(text: str, *, about: str = "recipe") -> Recipe:
+    """Parse a recipe from TOML and check every pass and option in it."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"not TOML: {error}", about=about) from error
+    unknown = set(document) - {"name", "description", "pass", "lock"}
+    if unknown:
+        raise BadInput(
+            f"unknown keys: {', '.join(sorted(unknown))}",
+            about=about,
+            remedy="a recipe has name, description and [[pass]] tables",
+        )
+    tables = document.get("pass", [])
+    if not isinstance(tables, list) or not all(isinstance(t, dict) and "name" in t for t in tables):
+        raise BadInput("every [[pass]] table needs a name", about=about)
+    steps = tuple(
+        Step(table["name"], {k: v for k, v in table.items() if k != "name"}) for table in tables
+    )
+    recipe = Recipe(
+        str(document.get("name", Path(about).stem)),
+        steps,
+        str(document.get("description", "")),
+        document.get("lock", {}),
+    )
+    for step in steps:
+        instantiate(step, Context(), about=about)
+    return recipe
+
+
+def instantiate(step: Step, context: Context, *, about: str = "recipe") -> ir.passes.PassBase:
+    """Make the pass of a step: options from the recipe, the rest from the context."""
+    cls = plugins.get("trivium.passes", step.name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    options = {name for name, f in fields.items() if "help" in f.metadata}
+    given: dict[str, Any] = {}
+    for key, value in step.options.items():
+        name = key.replace("-", "_")
+        if name not in options:
+            raise BadInput(
+                f"the pass {step.name} has no option {key!r}",
+                about=about,
+                remedy=f"it has: {', '.join(sorted(options)) or 'none'}",
+            )
+        given[name] = _checked(step.name, fields[name], value, about)
+    for name, f in fields.items():
+        if "context" in f.metadata:
+            given[name] = getattr(context, f.metadata["context"])
+    try:
+        made: ir.passes.PassBase = cls(**given)
+    except ValueError as error:
+        raise BadInput(f"the pass {step.name}: {error}", about=about) from error
+    return made
+
+
+def _checked(step: str, f: dataclasses.Field[Any], value: Any, about: str) -> Any:
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(f.default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong_type = f.default is not None and type(value) is not type(f.default)
+    choices = f.metadata["choices"]
+    if wrong_type or (choices and value not in choices):
+        wanted = (
+            f"one of {', '.join(map(str, choices))}" if choices else f"a {type(f.default).__name__}"
+        )
+        raise BadInput(
+            f"the option {f.name} of {step} is {value!r}", about=about, remedy=f"give {wanted}"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a run of a recipe did: one row for each pass."""
+
+    name: str
+    modified: bool
+    declined: tuple[str, ...]
+
+
+def run(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list[Applied]:
+    """Run every pass of a recipe on a model, in place.
+
+    Raises:
+        TriviumError: As a pass raises it; anything else that a pass raises becomes
+            ``BackendFailed`` naming the pass.
+    """
+    made = [instantiate(step, context or Context()) for step in recipe.steps]
+    return apply(made, model)
+
+
+def apply(passes: Iterable[ir.passes.PassBase], model: ir.Model) -> list[Applied]:
+    """Run passes in order, noting what each declined."""
+    from trivium.compiler.errors import BackendFailed
+    from trivium.compiler.passing import declining
+
+    rows = []
+    for one in passes:
+        name = str(getattr(one, "name", type(one).__name__))
+        with declining() as notes:
+            try:
+                result = one(model)
+            except TriviumError:
+                raise
+            except Exception as error:
+                raise BackendFailed(
+                    f"{type(error).__name__}: {error}",
+                    about=f"pass {name}",
+                    remedy="this is a bug in the pass: please report it with the model",
+                ) from error
+        if result.model is not model:
+            raise BackendFailed("returned another model", about=f"pass {name}")
+        reasons = tuple(f"{note.where}: {note.reason}" for note in notes)
+        rows.append(Applied(name, result.modified, reasons))
+    return rows
+
+
+def lock(recipe: Recipe, *, seed: int, model_sha256: str, calibration: str | None) -> str:
+    """Return the lock file of a run: the recipe with every option spelled out."""
+    import tomli_w
+
+    tables = []
+    for step in recipe.steps:
+        made = instantiate(step, Context())
+        table: dict[str, Any] = {"name": step.name}
+        for f in dataclasses.fields(made):  # type: ignore[arg-type]
+            if "help" in f.metadata and getattr(made, f.name) is not None:
+                table[f.name] = getattr(made, f.name)
+        tables.append(table)
+    facts: dict[str, Any] = {"seed": seed, "model_sha256": model_sha256}
+    if calibration is not None:
+        facts["calibration_sha256"] = calibration
+    document = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "pass": tables,
+        "lock": facts,
+    }
+    return tomli_w.dumps(document)

@@ -1,0 +1,132 @@
+"""Static and symbolic dimensions: reading ``--shape``, binding it to a model, and saying which
+dimension is still open, in the model's own words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from trivium.compiler.errors import BadInput
+from trivium.compiler.types import TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_FORM = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*)")
+
+
+def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
+    """Read ``ids=1x128`` (a whole input) and ``seq=128`` (a symbolic dimension).
+
+    Raises:
+        BadInput: Not of that form, or a name that the model does not have.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    dims: dict[str, int] = {}
+    infos = {info.name: info for info in inputs}
+    symbols = {d for info in infos.values() for d in info.shape if isinstance(d, str)}
+    for item in items:
+        match = _FORM.fullmatch(item)
+        if match is None:
+            raise BadInput("not of the form NAME=1x128 or DIM=128", about=f"--shape {item}")
+        name = match["name"]
+        sizes = tuple(int(size) for size in match["dims"].split("x"))
+        if any(size < 1 for size in sizes):
+            raise BadInput("a dimension must be at least 1", about=f"--shape {item}")
+        if name in infos:
+            _check_rank(item, infos[name], sizes)
+            shapes[name] = sizes
+        elif name in symbols and len(sizes) == 1:
+            dims[name] = sizes[0]
+        else:
+            raise BadInput(
+                f"the model has no input or symbolic dimension {name!r}",
+                about=f"--shape {item}",
+                remedy=_what_there_is(infos.values()),
+            )
+    return workload(dims, shapes, infos)
+
+
+def workload(
+    dims: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], infos: Mapping[str, TensorInfo]
+) -> Workload:
+    """Make a workload in which dimensions that a bound shape implies are bound too."""
+    merged = dict(dims)
+    for name, sizes in shapes.items():
+        for dim, size in zip(infos[name].shape, sizes, strict=True):
+            if isinstance(dim, int):
+                if dim != size:
+                    raise BadInput(
+                        f"{size} where the model fixes {dim}",
+                        about=f"--shape {name}={'x'.join(map(str, sizes))}",
+                        remedy=_what_there_is([infos[name]]),
+                    )
+            elif merged.setdefault(dim, size) != size and dim != "?":
+                raise BadInput(
+                    f"the dimension {dim!r} is bound to both {merged[dim]} and {size}",
+                    about=f"--shape {name}",
+                )
+    merged.pop("?", None)
+    return Workload(dims=merged, shapes=dict(shapes))
+
+
+def _check_rank(item: str, info: TensorInfo, sizes: tuple[int, ...]) -> None:
+    if len(sizes) != len(info.shape):
+        raise BadInput(
+            f"{len(sizes)} dimensions for an input of {len(info.shape)}",
+            about=f"--shape {item}",
+            remedy=_what_there_is([info]),
+        )
+
+
+def _what_there_is(infos: Iterable[TensorInfo]) -> str:
+    rows = [f"{info.name}={'x'.join(map(str, info.shape))}" for info in infos if info.shape]
+    return f"the model takes {', '.join(rows)}" if rows else "the model takes only scalars"
+
+
+def bind(model: ir.Model, bound: Workload) -> None:
+    """Write the bound dimensions into a model's inputs and into every shape that mentions them."""
+    import onnx_ir as ir
+
+    for value in model.graph.inputs:
+        if value.name in bound.shapes:
+            value.shape = ir.Shape(bound.shapes[value.name])
+    if not bound.dims:
+        return
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.outputs, *_values(graph)):
+            if value.shape is None:
+                continue
+            sizes = [
+                bound.dims.get(str(dim.value), dim) if isinstance(dim, ir.SymbolicDim) else dim
+                for dim in value.shape
+            ]
+            if sizes != list(value.shape):
+                value.shape = ir.Shape(sizes)
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    for node in graph:
+        yield from node.outputs
+
+
+def open_dims(infos: Iterable[TensorInfo]) -> list[str]:
+    """Return ``input.dimension`` for every dimension that is still symbolic."""
+    return [f"{i.name}[{d}]" for i in infos for d in i.shape if not isinstance(d, int)]
+
+
+def require_static(inputs: Iterable[TensorInfo], engine: str) -> None:
+    """Raise ``BadInput`` naming the open dimensions and the flag, if there are any."""
+    infos = list(inputs)
+    still_open = open_dims(infos)
+    if not still_open:
+        return
+    example = next(i for i in infos if any(isinstance(d, str) for d in i.shape))
+    sizes = "x".join(str(d if isinstance(d, int) else 1) for d in example.shape)
+    raise BadInput(
+        f"{engine} needs every dimension fixed, and {', '.join(still_open)} "
+        f"{'is' if len(still_open) == 1 else 'are'} symbolic",
+        remedy=f"bind them, e.g. --shape {example.name}={sizes}",
+    )

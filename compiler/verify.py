@@ -1,0 +1,218 @@
+"""Numbers against the reference: what was compared, on which data, with what error.
+
+Two comparisons are kept apart. *Fidelity*: does the engine compute what the optimized graph says?
+It has to, to a tolerance, whatever the recipe. *Accuracy*: how far is the artifact from the source
+model? That is the recipe's doing, it is always reported, and ``--max-error`` gates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from trivium.compiler.types import Preserves
+
+if TYPE_CHECKING:
+    from trivium.compiler.artifact import Artifact
+
+Status = Literal["passed", "failed", "not-run"]
+
+TOLERANCE: Mapping[Preserves, float] = {"exact": 1e-3, "numeric": 1e-3, "lossy": 6e-2}
+"""Largest error relative to the output's own magnitude that an engine may add. ``lossy`` graphs
+round to a coarse grid, where an engine that sums in another order may land one step away."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences over all outputs and samples.
+
+    Attributes:
+        max_abs_error: Largest absolute difference.
+        max_rel_error: Largest absolute difference of an output divided by the largest magnitude
+            in that output of the reference.
+        problem: What cannot be put into a number (a missing output, another shape, NaN).
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    problem: str = ""
+
+    def within(self, tolerance: float) -> bool:
+        return not self.problem and self.max_rel_error <= tolerance
+
+
+def compare(
+    expected: Sequence[Mapping[str, Any]], actual: Sequence[Mapping[str, Any]]
+) -> Comparison:
+    """Compare outputs, sample by sample and by name."""
+    worst_abs = worst_rel = 0.0
+    for want_sample, have_sample in zip(expected, actual, strict=True):
+        for name, want in want_sample.items():
+            if name not in have_sample:
+                return Comparison(float("inf"), float("inf"), f"the output {name!r} is missing")
+            one = _compare_one(name, want, have_sample[name])
+            if one.problem:
+                return one
+            worst_abs = max(worst_abs, one.max_abs_error)
+            worst_rel = max(worst_rel, one.max_rel_error)
+    return Comparison(worst_abs, worst_rel)
+
+
+def _compare_one(name: str, want: Any, have: Any) -> Comparison:
+    import numpy as np
+
+    infinite = float("inf")
+    if isinstance(want, (list, tuple)):
+        if len(want) != len(have):
+            return Comparison(infinite, infinite, f"{name!r} has {len(have)} of {len(want)} items")
+        pairs = [
+            _compare_one(f"{name}[{i}]", w, h)
+            for i, (w, h) in enumerate(zip(want, have, strict=True))
+        ]
+        return max(
+            pairs, key=lambda c: (bool(c.problem), c.max_rel_error), default=Comparison(0, 0)
+        )
+    want, have = np.asarray(want), np.asarray(have)
+    if want.shape != have.shape:
+        return Comparison(
+            infinite, infinite, f"{name!r} has shape {list(have.shape)}, not {list(want.shape)}"
+        )
+    if want.dtype.kind in "OUS":
+        equal = bool((want.astype(str) == have.astype(str)).all())
+        return Comparison(0, 0) if equal else Comparison(infinite, infinite, f"{name!r} differs")
+    want, have = want.astype(np.float64), have.astype(np.float64)
+    same = (want == have) | (np.isnan(want) & np.isnan(have))
+    if bool((~np.isfinite(have) & ~same).any()):
+        return Comparison(
+            infinite, infinite, f"{name!r} has NaN or infinity where the reference has none"
+        )
+    difference = np.abs(np.where(same, 0.0, have - want))
+    finite = np.abs(want[np.isfinite(want)])
+    largest = float(difference.max(initial=0.0))
+    scale = float(finite.max(initial=0.0))
+    # An output that should be all zeros has no magnitude to relate to: the error is its own scale.
+    return Comparison(largest, largest / scale if scale > 0 else largest)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the manifest says of the comparison; see the module's docstring."""
+
+    status: Status
+    reason: str = ""
+    accuracy: Comparison | None = None
+    fidelity: Comparison | None = None
+    compared: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        accuracy, fidelity = self.accuracy, self.fidelity
+        return {
+            "status": self.status,
+            "reason": self.reason or None,
+            "max_abs_error": _finite(accuracy.max_abs_error) if accuracy else None,
+            "max_rel_error": _finite(accuracy.max_rel_error) if accuracy else None,
+            "engine_max_abs_error": _finite(fidelity.max_abs_error) if fidelity else None,
+            "engine_max_rel_error": _finite(fidelity.max_rel_error) if fidelity else None,
+            "compared": dict(self.compared) if self.compared else None,
+        }
+
+
+def _finite(number: float) -> float | None:
+    return number if number < float("inf") else None
+
+
+def judge(
+    source: Sequence[Mapping[str, Any]],
+    optimized: Sequence[Mapping[str, Any]],
+    actual: Sequence[Mapping[str, Any]],
+    *,
+    preserves: Preserves,
+    max_error: float | None,
+    compared: Mapping[str, Any],
+) -> Verification:
+    """Hold an artifact's outputs to the source's and to the optimized graph's.
+
+    Args:
+        source, optimized, actual: Outputs by sample: of the source model, of the graph after
+            the recipe, of the artifact.
+        preserves: The weakest promise of the recipe.
+        max_error: The user's gate on the relative error against the source.
+    """
+    accuracy, fidelity = compare(source, actual), compare(optimized, actual)
+    tolerance = TOLERANCE[preserves]
+    reason = ""
+    if fidelity.problem or not fidelity.within(tolerance):
+        detail = fidelity.problem or f"relative error {fidelity.max_rel_error:.3g} > {tolerance:g}"
+        reason = f"the engine does not compute what the graph says: {detail}"
+    elif preserves != "lossy" and not accuracy.within(tolerance):
+        reason = (
+            accuracy.problem
+            or f"relative error {accuracy.max_rel_error:.3g} > {tolerance:g} against the source"
+        )
+    elif max_error is not None and not accuracy.within(max_error):
+        reason = (
+            accuracy.problem
+            or f"relative error {accuracy.max_rel_error:.3g} exceeds --max-error {max_error:g}"
+        )
+    status: Status = "failed" if reason else "passed"
+    details = {**compared, "tolerance": tolerance, "max_error": max_error}
+    return Verification(status, reason, accuracy, fidelity, details)
+
+
+INPUTS, SOURCE, OPTIMIZED = "verify/inputs.npz", "verify/source.npz", "verify/optimized.npz"
+
+
+def write_samples(folder: Any, file: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Store samples as one ``.npz`` with the keys ``<sample>/<name>``."""
+    import numpy as np
+
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    arrays = {
+        f"{i}/{name}": _storable(array)
+        for i, sample in enumerate(samples)
+        for name, array in sample.items()
+    }
+    np.savez(path, **arrays)
+
+
+def _storable(array: Any) -> Any:
+    """numpy's format knows no ml_dtypes: store those as float32, which holds them all exactly."""
+    import numpy as np
+
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.num > 256 else array
+
+
+def read_samples(path: Any) -> list[dict[str, Any]]:
+    """Read what `write_samples` stored."""
+    import numpy as np
+
+    samples: dict[int, dict[str, Any]] = {}
+    with np.load(path, allow_pickle=False) as archive:
+        for key in archive.files:
+            index, _, name = key.partition("/")
+            samples.setdefault(int(index), {})[name] = archive[key]
+    return [samples[index] for index in sorted(samples)]
+
+
+def verify(artifact: Artifact, *, max_error: float | None = None) -> Verification:
+    """Run an artifact again on the samples that it carries and judge it as its compile did.
+
+    Raises:
+        ToolchainMissing: Nothing on this machine can run it.
+    """
+    manifest = artifact.manifest["verification"]
+    if not (artifact.path / INPUTS).is_file():
+        return Verification("not-run", str(manifest.get("reason") or "it carries no samples"))
+    feeds = read_samples(artifact.path / INPUTS)
+    source = read_samples(artifact.path / SOURCE)
+    path = artifact.path / OPTIMIZED
+    optimized = read_samples(path) if path.is_file() else source
+    executable = artifact.load()
+    actual = [executable.run(feed) for feed in feeds]
+    compared = {**(manifest["compared"] or {}), "where": executable.where}
+    gate = max_error if max_error is not None else compared.get("max_error")
+    preserves: Preserves = artifact.manifest["recipe"]["preserves"]
+    return judge(source, optimized, actual, preserves=preserves, max_error=gate, compared=compared)

@@ -1,0 +1,17 @@
+"""All passes on one page: name -> where it lives, imported when it is asked for.
+
+One file for each pass; the pipelines that string them together are in ``recipes/``.
+"""
+
+from __future__ import annotations
+
+PASSES: dict[str, str] = {
+    "inline-functions": "trivium.passes.inline_functions:InlineFunctions",
+    "convert-opset": "trivium.passes.convert_opset:ConvertOpset",
+    "fold-constants": "trivium.passes.fold_constants:FoldConstants",
+    "infer-shapes": "trivium.passes.infer_shapes:InferShapes",
+    "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
+    "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
+    "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
+    "unique-names": "trivium.passes.unique_names:UniqueNames",
+}

@@ -1,0 +1,45 @@
+"""Trivium: one ONNX model, compiled for CPU, GPU, TPU or FPGA.
+
+>>> import trivium
+>>> artifact = trivium.compile("model.onnx", "cpu")          # doctest: +SKIP
+>>> artifact.load().run({"input": x})                        # doctest: +SKIP
+
+Everything here is imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from trivium.compiler.artifact import Artifact
+    from trivium.compiler.build import compile, optimize
+    from trivium.compiler.errors import TriviumError
+    from trivium.compiler.verify import verify
+
+_PUBLIC = {
+    "Artifact": "trivium.compiler.artifact",
+    "TriviumError": "trivium.compiler.errors",
+    "compile": "trivium.compiler.build",
+    "optimize": "trivium.compiler.build",
+    "verify": "trivium.compiler.verify",
+}
+
+__all__ = ["Artifact", "TriviumError", "__version__", "compile", "load", "optimize", "verify"]
+
+
+def load(path: str) -> Any:
+    """Load an artifact, ready to run; see `trivium.compiler.backend.Executable`."""
+    from trivium.compiler.artifact import Artifact
+
+    return Artifact.open(path).load()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        from importlib import import_module
+
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'trivium' has no attribute {name!r}")
