@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
@@ -209,7 +209,7 @@ def graph_of(node: ir.Node) -> ir.Graph:
     """The graph that holds a node; an error if it was removed."""
     if node.graph is None:
         raise ValueError(f"the node {node.name!r} is in no graph")
-    return cast(ir.Graph, node.graph)
+    return node.graph
 
 
 # --- changing the graph --------------------------------------------------------------------------

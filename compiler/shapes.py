@@ -91,7 +91,7 @@ def bind(model: ir.Model, bound: Workload) -> None:
     import onnx_ir as ir
 
     for value in model.graph.inputs:
-        if value.name in bound.shapes:
+        if value.name is not None and value.name in bound.shapes:
             value.shape = ir.Shape(bound.shapes[value.name])
     if not bound.dims:
         return
