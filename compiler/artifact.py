@@ -168,6 +168,7 @@ def staged(out: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise BadInput(f"cannot be written ({error.strerror})", about=str(out.parent)) from error
+    _stages.add(folder)
     try:
         yield folder
         move_into_place(folder, out)
@@ -180,6 +181,16 @@ def staged(out: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _stages.discard(folder)
+
+
+_stages: set[Path] = set()
+
+
+def remove_stages() -> None:
+    """Remove what unfinished compiles of this process have written, before it is ended hard."""
+    for folder in list(_stages):
         shutil.rmtree(folder, ignore_errors=True)
 
 

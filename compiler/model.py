@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import plugins
-from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.errors import BackendFailed, BadInput, Unsupported
 from trivium.compiler.types import TensorInfo
 
 if TYPE_CHECKING:
@@ -382,7 +384,45 @@ def _copy_tensor(tensor: ir.TensorProtocol, stream: object) -> None:
     tensor.tofile(stream)  # type: ignore[attr-defined]
 
 
-def copy_files(files: list[Path], folder: Path) -> None:
-    """Copy files into a folder, keeping names."""
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+def save_whole(model: ir.Model, path: Path) -> list[Path]:
+    """Write a model under temporary names and move it into place: never half of it.
+
+    Raises:
+        BackendFailed: The disk is full.
+    """
+    staging = path.with_name(f".{path.name}.partial")
+    try:
+        staging.mkdir()
+        written = save(model, staging / path.name)
+        for file in reversed(written):
+            os.replace(file, path.with_name(file.name))
+    except OSError as error:
+        raise BackendFailed(
+            f"cannot be written ({error.strerror})", about=str(path), remedy="nothing was left"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [path.with_name(file.name) for file in written]
+
+
+def describe(model: ir.Model) -> dict[str, Any]:
+    """Count what a model holds: opsets, signature, parameters, operators (most frequent first)."""
+    inputs, outputs = signature(model)
+    operators = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.all_nodes()
+    )
+    weights = [
+        value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    ]
+    return {
+        "opsets": dict(model.opset_imports),
+        "inputs": [asdict(info) for info in inputs],
+        "outputs": [asdict(info) for info in outputs],
+        "parameters": sum(tensor.size for tensor in weights),
+        "weights_bytes": sum(tensor.nbytes for tensor in weights),
+        "operators": dict(operators.most_common()),
+    }

@@ -1,0 +1,250 @@
+"""The command line: parse, call the API, print.
+
+Nothing heavy is imported before a verb runs, so ``trivium --help`` answers at once and works with
+no backend installed. ``--json`` prints one document on standard output and nothing else there;
+progress, warnings and errors go to standard error. Exit codes are those of
+`trivium.compiler.errors`, 130 for an interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeAlias
+
+import trivium
+from trivium.compiler.errors import TriviumError
+
+if TYPE_CHECKING:
+    Verbs: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DEADLINE = 3600.0
+"""Seconds after which a verb is given up by default: nothing hangs for ever."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.verb is None:
+        parser.print_help()
+        return 2
+    # A scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    watch = _watchdog(arguments.timeout)
+    try:
+        # Verbs live in modules of their own, so that --help need not import what they need.
+        module, function = arguments.run
+        run: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+        return run(arguments)
+    except TriviumError as error:
+        if arguments.verbose:
+            raise
+        print(f"trivium: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("trivium: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print(
+            "trivium: out of memory; try a smaller --shape or a machine with more", file=sys.stderr
+        )
+        return 5
+    except Exception as error:
+        if arguments.verbose:
+            raise
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"trivium: {line}; a bug: please report it with --verbose", file=sys.stderr)
+        return 5
+    finally:
+        watch.cancel()
+
+
+def _watchdog(seconds: float) -> threading.Timer:
+    """End the process after a deadline, also when it hangs inside an engine's native code."""
+
+    def expire() -> None:
+        message = f"trivium: gave up after {seconds:g} s; raise it with --timeout\n"
+        os.write(2, message.encode())
+        from trivium.compiler.artifact import remove_stages
+
+        remove_stages()
+        os._exit(5)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="trivium",
+        description="Compile one ONNX model (or checkpoint folder) for CPU, GPU, TPU or FPGA.",
+        epilog="Exit codes: 0 done, 1 a constraint is unmet, 2 bad input or usage, 3 the target "
+        "cannot run the model, 4 a toolchain is missing, 5 a backend failed, 6 the accuracy gate "
+        "failed.",
+    )
+    parser.add_argument("--version", action="version", version=f"trivium {trivium.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for add in (_add_compiling, _add_choosing, _add_using, _add_listing):
+        add(verbs)
+    return parser
+
+
+def _verb(verbs: Verbs, name: str, where: str, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=(f"trivium.compiler.{where}", name.replace("-", "_")))
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--verbose", action="store_true", help="show a traceback on errors")
+    parser.add_argument(
+        "--timeout", type=_positive, default=DEADLINE, metavar="S", help="give up after S seconds"
+    )
+    return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _add_compiling(verbs: Verbs) -> None:
+    where = "commands.compiling"
+    verb = _verb(verbs, "compile", where, "compile a model for a target and verify the result")
+    _model(verb)
+    verb.add_argument("--target", required=True, metavar="NAME", help="see: trivium targets")
+    verb.add_argument("--backend", metavar="NAME", help="instead of the target's default")
+    _recipe(verb)
+    _shape(verb)
+    _calibration(verb)
+    verb.add_argument(
+        "--max-error", type=_positive, metavar="X", help="gate: error relative to the source model"
+    )
+    verb.add_argument("--option", action="append", default=[], metavar="K=V", help="to the backend")
+    verb.add_argument("--seed", type=int, default=0, help="of drawn inputs (default 0)")
+    verb.add_argument("--no-cache", action="store_true", help="compile even if an equal one exists")
+    verb.add_argument("--dry-run", action="store_true", help="passes and prediction, no build")
+    verb.add_argument("-o", "--out", metavar="OUT", help="artifact folder (default MODEL.TARGET)")
+
+    verb = _verb(verbs, "optimize", where, "run passes only: ONNX in, ONNX out")
+    _model(verb)
+    verb.add_argument("-o", "--out", required=True, metavar="OUT.onnx")
+    _recipe(verb)
+    _shape(verb)
+    _calibration(verb)
+    verb.add_argument("--target", metavar="NAME", help="what target-aware passes optimize for")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def _add_choosing(verbs: Verbs) -> None:
+    where = "commands.choosing"
+    verb = _verb(verbs, "compare", where, "predict a model on many targets, and report")
+    _model(verb)
+    verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
+    verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
+    _shape(verb)
+    _calibration(verb)
+    verb.add_argument("--measure", action="store_true", help="also time what can run here")
+    verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
+    verb.add_argument("--csv", metavar="FILE")
+
+    verb = _verb(verbs, "plan", where, "pick the target that meets the constraints")
+    _model(verb)
+    verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
+    verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
+    _shape(verb)
+    verb.add_argument("--max-latency", metavar="5ms")
+    verb.add_argument("--min-throughput", metavar="N", help="inferences a second")
+    verb.add_argument("--max-memory", metavar="16GiB")
+    verb.add_argument("--max-cost", metavar="USD", help="for a million inferences")
+    verb.add_argument("--max-power", metavar="W")
+    verb.add_argument(
+        "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
+    )
+
+
+def _add_using(verbs: Verbs) -> None:
+    where = "commands.using"
+    verb = _verb(verbs, "run", where, "run an artifact once")
+    _artifact(verb)
+    verb.add_argument("--input", metavar="X.npz", help="default: seeded inputs")
+    verb.add_argument("--output", metavar="Y.npz")
+
+    verb = _verb(verbs, "bench", where, "time an artifact")
+    _artifact(verb)
+    verb.add_argument("--runs", type=int, default=100, help="at most (default 100)")
+    verb.add_argument("--seconds", type=_positive, default=5.0, help="at most (default 5)")
+
+    verb = _verb(verbs, "eval", where, "measure quality on data")
+    verb.add_argument("path", metavar="MODEL|ARTIFACT")
+    verb.add_argument(
+        "--data", required=True, metavar="FILE", help=".npz with x and y, or .npy ids"
+    )
+    verb.add_argument(
+        "--metric", choices=("accuracy", "perplexity", "cosine", "mse"), default="accuracy"
+    )
+    verb.add_argument("--window", type=int, default=256, help="tokens, for perplexity")
+
+    verb = _verb(verbs, "inspect", where, "say what a model or an artifact is")
+    verb.add_argument("path", metavar="MODEL|ARTIFACT")
+
+    verb = _verb(verbs, "verify", where, "compare an artifact with its reference again")
+    _artifact(verb)
+    verb.add_argument("--max-error", type=_positive, metavar="X")
+
+
+def _add_listing(verbs: Verbs) -> None:
+    where = "commands.listing"
+    verb = _verb(verbs, "targets", where, "list the devices, with their figures and sources")
+    verb.add_argument("name", nargs="?", metavar="NAME")
+    _verb(verbs, "backends", where, "list the backends and whether they can build here")
+    verb = _verb(verbs, "passes", where, "list passes and recipes, or show one with its options")
+    verb.add_argument("name", nargs="?", metavar="NAME")
+    _verb(verbs, "doctor", where, "say what is installed and what each missing extra would add")
+    verb = _verb(verbs, "cache", where, "show or clear the artifacts kept of earlier compiles")
+    verb.add_argument("--clear", action="store_true")
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+
+
+def _artifact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", metavar="ARTIFACT", help="a folder that compile wrote")
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", default="none", metavar="NAME|FILE", help="see: trivium passes (default none)"
+    )
+
+
+def _shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=1x128",
+        help="bind an input's shape, or a symbolic dimension (DIM=128)",
+    )
+
+
+def _calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calib", metavar="FILE.npz", help="representative inputs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

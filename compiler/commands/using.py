@@ -1,0 +1,169 @@
+"""``run``, ``bench``, ``eval``, ``inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trivium.compiler import evaluate, measure, model, samples
+from trivium.compiler import verify as verification
+from trivium.compiler.artifact import MANIFEST, Artifact
+from trivium.compiler.commands import console
+from trivium.compiler.errors import AccuracyFailed, BadInput, ToolchainMissing
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run an artifact on the user's inputs, or on those that it carries."""
+    import numpy as np
+
+    artifact = Artifact.open(arguments.artifact)
+    executable = artifact.load()
+    if arguments.input:
+        feeds = samples.read_npz(arguments.input, executable.inputs)
+    else:
+        feeds = measure.carried_feeds(artifact)[:1]
+    results = [executable.run(feed) for feed in feeds]
+    outputs = {
+        name: np.concatenate([np.atleast_1d(result[name]) for result in results])
+        for name in results[0]
+    }
+    if arguments.output:
+        _write_npz(Path(arguments.output), outputs)
+    rows = {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+        for name, array in outputs.items()
+    }
+    if arguments.json:
+        console.print_json({"outputs": rows, "where": executable.where, "file": arguments.output})
+        return 0
+    for name, array in outputs.items():
+        flat = array.reshape(-1)
+        shown = " ".join(f"{x:.6g}" if array.dtype.kind == "f" else str(x) for x in flat[:8])
+        print(f"{name} {array.dtype}{list(array.shape)}: {shown}{' ...' if flat.size > 8 else ''}")
+    return 0
+
+
+def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    import os
+
+    import numpy as np
+
+    # Through a temporary name, so that a full disk leaves no torn file under the one asked for.
+    partial = path.with_name(f".{path.name}.partial.npz")
+    try:
+        np.savez(partial, **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"cannot be written ({error.strerror})", about=str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Time an artifact where it really runs."""
+    artifact = Artifact.open(arguments.artifact)
+    executable = artifact.load()
+    feed = measure.carried_feeds(artifact)[0]
+    timing = measure.time_runs(
+        lambda: executable.run(feed), runs=arguments.runs, seconds=arguments.seconds
+    )
+    target = artifact.manifest["target"]
+    predicted = (artifact.manifest["estimate"] or {}).get("seconds")
+    document = {
+        "target": target,
+        "where": executable.where,
+        "measures_target": executable.measures_target,
+        "latency_s": timing.median,
+        "ci_s": [timing.lo, timing.hi],
+        "runs": timing.runs,
+        "predicted_s": predicted,
+    }
+    if arguments.json:
+        console.print_json(document)
+        return 0
+    if not executable.measures_target:
+        console.warn(f"this is not {target}: timed {executable.where}")
+    interval = f"{console.si(timing.lo, 's')} to {console.si(timing.hi, 's')}"
+    console.print_facts(
+        {
+            "median": f"{console.si(timing.median, 's')} (95%: {interval}, {timing.runs} runs)",
+            "where": executable.where,
+            "predicted": console.si(predicted, "s") if predicted else None,
+        }
+    )
+    return 0
+
+
+def eval(arguments: argparse.Namespace) -> int:
+    """Measure quality on data."""
+    result = evaluate.evaluate(
+        arguments.path, arguments.data, metric=arguments.metric, window=arguments.window
+    )
+    if arguments.json:
+        console.print_json(
+            {"metric": result.metric, "value": result.value, "samples": result.samples}
+        )
+    else:
+        print(f"{result.metric} {result.value:.6g} on {result.samples} samples")
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Say what a model or an artifact is."""
+    path = Path(arguments.path)
+    if (path / MANIFEST).is_file():
+        manifest = dict(Artifact.open(path).manifest)
+        if arguments.json:
+            console.print_json(manifest)
+            return 0
+        console.print_facts(
+            {
+                "model": f"{manifest['model']['name']} {manifest['model']['sha256'][:12]}",
+                "target": f"{manifest['target']} by {manifest['backend']}",
+                "recipe": manifest["recipe"]["name"],
+                "toolchain": ", ".join(f"{k} {v}" for k, v in manifest["toolchain"].items()),
+                "inputs": _signature(manifest["inputs"]),
+                "outputs": _signature(manifest["outputs"]),
+                "verification": manifest["verification"]["status"],
+                "files": ", ".join(manifest["files"]),
+                "notes": "; ".join(manifest["notes"]),
+            }
+        )
+        return 0
+    facts = model.describe(model.load(path))
+    if arguments.json:
+        console.print_json(facts)
+        return 0
+    operators = ", ".join(f"{name} {count}" for name, count in facts["operators"].items())
+    console.print_facts(
+        {
+            "opset": ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in facts["opsets"].items()),
+            "inputs": _signature(facts["inputs"]),
+            "outputs": _signature(facts["outputs"]),
+            "parameters": f"{facts['parameters']:,} in {console.size(facts['weights_bytes'])}",
+            "operators": operators,
+        }
+    )
+    return 0
+
+
+def _signature(infos: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{i['name']} {i['dtype']}{list(i['shape'])}" for i in infos)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare an artifact with its reference again; the exit code is the answer."""
+    artifact = Artifact.open(arguments.artifact)
+    result = verification.verify(artifact, max_error=arguments.max_error)
+    if arguments.json:
+        console.print_json({"artifact": str(artifact.path), "verification": result.to_json()})
+    if result.status == "not-run":
+        raise ToolchainMissing(f"not verified: {result.reason}", about=str(artifact.path))
+    if result.status == "failed":
+        raise AccuracyFailed(result.reason, about=str(artifact.path))
+    if not arguments.json:
+        error = result.accuracy.max_rel_error if result.accuracy else 0.0
+        where = (result.compared or {}).get("where", "")
+        print(f"passed: relative error {error:.2g} against the source ({where})")
+    return 0
