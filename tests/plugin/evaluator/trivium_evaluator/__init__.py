@@ -1,0 +1,1 @@
+"""A plugin for Trivium: what a package outside of the project needs to add an engine of its own."""
