@@ -173,7 +173,7 @@ def staged(out: Path) -> Iterator[Path]:
         yield folder
         move_into_place(folder, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BackendFailed(
                 "the disk is full",
                 about=str(out.parent),

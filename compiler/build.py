@@ -275,6 +275,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     calibration = job.calibration if job.calibration is not None else feeds
     applied = _optimize(model, job.recipe, workload, calibration, job.target, job.seed)
     preserves = job.recipe.preserves
+    tolerance = verify.tolerance_for(model)
     optimized = source
     if preserves == "lossy" and source is not None:
         optimized = reference.run_model(model, feeds)
@@ -328,7 +329,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
         verification = verify.Verification("not-run", "the model draws random numbers")
     else:
         assert optimized is not None
-        verification = _verify(folder, job, manifest, feeds, source, optimized)
+        verification = _verify(folder, job, manifest, feeds, source, optimized, tolerance)
     if verification.status == "failed":
         raise AccuracyFailed(
             verification.reason,
@@ -380,6 +381,7 @@ def _verify(
     feeds: Sequence[Mapping[str, Any]],
     source: reference.Reference,
     optimized: reference.Reference,
+    tolerance: float,
 ) -> verify.Verification:
     compared = {
         "samples": len(feeds),
@@ -406,7 +408,8 @@ def _verify(
         source.outputs,
         optimized.outputs,
         actual,
-        preserves=job.recipe.preserves,
+        tolerance=tolerance,
+        lossy=job.recipe.preserves == "lossy",
         max_error=job.max_error,
         compared={**compared, "where": executable.where},
     )

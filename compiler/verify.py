@@ -11,16 +11,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trivium.compiler.types import Preserves
-
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from trivium.compiler.artifact import Artifact
 
 Status = Literal["passed", "failed", "not-run"]
 
-TOLERANCE: Mapping[Preserves, float] = {"exact": 1e-3, "numeric": 1e-3, "lossy": 6e-2}
-"""Largest error relative to the output's own magnitude that an engine may add. ``lossy`` graphs
-round to a coarse grid, where an engine that sums in another order may land one step away."""
+TOLERANCE = 1e-3
+"""Largest error, relative to the output's own magnitude, that an engine may add."""
+
+COARSE_TOLERANCE = 1e-1
+"""The same for graphs that round to a coarse grid (integers, half precision): an engine that sums
+in another order lands one step away, and the steps add up over layers."""
+
+_COARSE_OPS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+_COARSE_TYPES = frozenset({"FLOAT16", "BFLOAT16"})
+
+
+def tolerance_for(model: ir.Model) -> float:
+    """The tolerance that an engine gets for a graph, by what the graph rounds to."""
+    for node in model.graph.all_nodes():
+        if node.op_type in _COARSE_OPS:
+            return COARSE_TOLERANCE
+        if any(v.dtype is not None and v.dtype.name in _COARSE_TYPES for v in node.outputs):
+            return COARSE_TOLERANCE
+    return TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,8 @@ def judge(
     optimized: Sequence[Mapping[str, Any]],
     actual: Sequence[Mapping[str, Any]],
     *,
-    preserves: Preserves,
+    tolerance: float,
+    lossy: bool,
     max_error: float | None,
     compared: Mapping[str, Any],
 ) -> Verification:
@@ -136,16 +153,16 @@ def judge(
     Args:
         source, optimized, actual: Outputs by sample: of the source model, of the graph after
             the recipe, of the artifact.
-        preserves: The weakest promise of the recipe.
+        tolerance: What the engine may add; see `tolerance_for`.
+        lossy: Whether the recipe gives up accuracy on purpose: then only ``max_error`` gates it.
         max_error: The user's gate on the relative error against the source.
     """
     accuracy, fidelity = compare(source, actual), compare(optimized, actual)
-    tolerance = TOLERANCE[preserves]
     reason = ""
     if fidelity.problem or not fidelity.within(tolerance):
         detail = fidelity.problem or f"relative error {fidelity.max_rel_error:.3g} > {tolerance:g}"
         reason = f"the engine does not compute what the graph says: {detail}"
-    elif preserves != "lossy" and not accuracy.within(tolerance):
+    elif not lossy and not accuracy.within(tolerance):
         reason = (
             accuracy.problem
             or f"relative error {accuracy.max_rel_error:.3g} > {tolerance:g} against the source"
@@ -214,5 +231,12 @@ def verify(artifact: Artifact, *, max_error: float | None = None) -> Verificatio
     actual = [executable.run(feed) for feed in feeds]
     compared = {**(manifest["compared"] or {}), "where": executable.where}
     gate = max_error if max_error is not None else compared.get("max_error")
-    preserves: Preserves = artifact.manifest["recipe"]["preserves"]
-    return judge(source, optimized, actual, preserves=preserves, max_error=gate, compared=compared)
+    return judge(
+        source,
+        optimized,
+        actual,
+        tolerance=compared.get("tolerance", TOLERANCE),
+        lossy=artifact.manifest["recipe"]["preserves"] == "lossy",
+        max_error=gate,
+        compared=compared,
+    )

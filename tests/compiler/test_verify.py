@@ -1,0 +1,78 @@
+"""The comparison with the reference: it notices every way to be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trivium
+from trivium.compiler import verify
+from trivium.compiler.artifact import Artifact
+
+GOOD = {"y": np.array([1.0, -2.0, 4.0], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({}, "missing"),
+        ({"y": np.zeros(2, np.float32)}, "shape"),
+        ({"y": np.array([1.0, np.nan, 4.0], np.float32)}, "NaN"),
+    ],
+)
+def test_problems_that_no_number_expresses(other: dict[str, np.ndarray], problem: str) -> None:
+    comparison = verify.compare([GOOD], [other])
+    assert problem in comparison.problem
+    assert not comparison.within(1e9)
+
+
+def test_errors_are_relative_to_the_magnitude_of_the_output() -> None:
+    comparison = verify.compare([GOOD], [{"y": GOOD["y"] + np.float32(0.4)}])
+    assert comparison.max_abs_error == pytest.approx(0.4)
+    assert comparison.max_rel_error == pytest.approx(0.1)
+    assert comparison.within(0.11)
+    assert not comparison.within(0.09)
+
+
+def test_the_same_nan_and_infinity_are_no_difference() -> None:
+    odd = {"y": np.array([np.nan, np.inf, -np.inf, 0.0])}
+    assert verify.compare([odd], [odd]) == verify.Comparison(0.0, 0.0)
+
+
+def judge(actual: float, optimized: float, **how: object) -> verify.Verification:
+    settings = {"tolerance": 1e-3, "lossy": False, "max_error": None, "compared": {}, **how}
+    outputs = [[{"y": np.array([x])}] for x in (1.0, optimized, actual)]
+    return verify.judge(*outputs, **settings)  # type: ignore[arg-type]
+
+
+def test_fidelity_and_accuracy_are_kept_apart() -> None:
+    # A lossy recipe may move the graph away from the source; the engine may not move further.
+    assert judge(1.2, 1.2, lossy=True).status == "passed"
+    assert judge(1.2, 1.2, lossy=False).status == "failed"
+    assert "engine" in judge(1.3, 1.2, lossy=True).reason
+    assert "--max-error" in judge(1.2, 1.2, lossy=True, max_error=0.1).reason
+
+
+def test_verify_repeats_the_comparison(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shared_data("models/mnist_mlp_onnxmlir.onnx")
+    artifact = trivium.compile(source, "cpu", out=tmp_path / "out")
+    again = verify.verify(artifact)
+    assert again.status == "passed"
+    assert again.accuracy is not None
+    assert again.accuracy.max_rel_error == artifact.manifest["verification"]["max_rel_error"]
+
+    # Change what is expected, checksum and all: the artifact is sound, and wrong.
+    samples = verify.read_samples(artifact.path / verify.SOURCE)
+    for sample in samples:
+        for array in sample.values():
+            array += 1
+    verify.write_samples(artifact.path, verify.SOURCE, samples)
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    from trivium.compiler.artifact import write_manifest
+
+    write_manifest(artifact.path, manifest)
+    assert verify.verify(Artifact.open(artifact.path)).status == "failed"
