@@ -345,13 +345,19 @@ def refused(prepared: Prepared, target: Target) -> Unsupported:
     """The error that lists every node a backend cannot run."""
     shown = "; ".join(prepared.refusals[:8])
     more = f"; and {len(prepared.refusals) - 8} more" if len(prepared.refusals) > 8 else ""
-    others = [name for name in target.backends if name != prepared.backend.name]
     return Unsupported(
         f"{prepared.backend.name} cannot run {len(prepared.refusals)} nodes: {shown}{more}",
         about=target.name,
-        remedy=f"try --backend {others[0]}" if others else "try --target cpu",
+        remedy=_elsewhere(prepared, target),
         refusals=prepared.refusals,
     )
+
+
+def _elsewhere(prepared: Prepared, target: Target) -> str:
+    others = [name for name in target.backends if name != prepared.backend.name]
+    if others:
+        return f"try --backend {others[0]}"
+    return "" if target.family == "cpu" else "try --target cpu"
 
 
 def _feeds(model: ir.Model, job: Job, workload: Workload) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def _compare_one(name: str, want: Any, have: Any) -> Comparison:
         return Comparison(
             infinite, infinite, f"{name!r} has NaN or infinity where the reference has none"
         )
-    difference = np.abs(np.where(same, 0.0, have - want))
+    difference = np.abs(np.subtract(have, want, where=~same, out=np.zeros_like(want)))
     finite = np.abs(want[np.isfinite(want)])
     largest = float(difference.max(initial=0.0))
     scale = float(finite.max(initial=0.0))

@@ -32,10 +32,15 @@ class OnnxRuntimeBackend:
         return {"onnxruntime": version("onnxruntime")}
 
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
+        # Normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization, Gelu have
+        # CPU kernels that were measured to be no slower than their expansions, and Q/DQ is what
+        # its own fusions look for.
         return ()
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
-        return None
+        from trivium.backends.onnxruntime.kernels import refusal
+
+        return refusal(node)
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
         return Estimate(None)
