@@ -265,11 +265,10 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     model = models.load(job.source)
     workload = shapes.parse(job.shape, models.signature(model)[0])
     shapes.bind(model, workload)
-    feeds = _feeds(model, job, workload)
 
     progress("running the reference")
     random = reference.draws_random_numbers(model)
-    source, no_reference = _try_reference(job.source, model, feeds)
+    feeds, source, no_reference = _feeds_that_run(model, job, workload)
 
     progress(f"recipe {job.recipe.name}")
     calibration = job.calibration if job.calibration is not None else feeds
@@ -320,7 +319,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
         "memory": dict(built.memory),
         "details": dict(built.details),
         "estimate": estimate_json(estimate),
-        "notes": list(built.notes),
+        "notes": [*models.notes_of(model), *built.notes],
     }
     progress("verifying")
     if source is None:
@@ -365,6 +364,22 @@ def _feeds(model: ir.Model, job: Job, workload: Workload) -> list[dict[str, Any]
     if job.calibration:
         return [dict(feed) for feed in job.calibration[:SAMPLES]]
     return samples.seeded(model, workload, count=SAMPLES, seed=job.seed)
+
+
+def _feeds_that_run(
+    model: ir.Model, job: Job, workload: Workload
+) -> tuple[list[dict[str, Any]], reference.Reference | None, str]:
+    """The samples and the reference run on them; seeded ones in the first size that runs."""
+    feeds = _feeds(model, job, workload)
+    source, reason = _try_reference(job.source, model, feeds)
+    if source is not None or job.calibration or not shapes.open_dims(models.signature(model)[0]):
+        return feeds, source, reason
+    for size in samples.OTHER_DIMS:
+        other = samples.seeded(model, workload, count=SAMPLES, seed=job.seed, size=size)
+        source, _ = _try_reference(job.source, model, other)
+        if source is not None:
+            return other, source, ""
+    return feeds, None, reason
 
 
 def _try_reference(

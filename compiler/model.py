@@ -1,9 +1,8 @@
 """Reading and writing models: ONNX files (and checkpoint folders, through the builders in
 ``models``) to ``onnx_ir.Model`` and back, with the weights left where they are.
 
-A loaded model maps its weights from the file; nothing here reads them all. What an ONNX file may
-say about itself (external data, sizes, dimensions) is checked before anything trusts it, because
-engines differ in what they accept and some crash instead of refusing.
+A loaded model maps its weights from the file; nothing here reads them all. What a file gets wrong
+is repaired (`repair`) or refused (`checks`) before anything trusts it.
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import plugins
+from trivium.compiler.checks import check, tensors
 from trivium.compiler.errors import BackendFailed, BadInput, Unsupported
+from trivium.compiler.repair import repair
 from trivium.compiler.types import TensorInfo
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 OPSET = 24
 """The opset of normal form."""
-
-MAX_BYTES = 1 << 46
-"""No tensor is believed that claims more than this (64 TiB)."""
 
 _CHUNK = 8 << 20
 _ALIGN = 4096
@@ -45,24 +44,61 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if path.is_dir():
         return _load_checkpoint(path)
     _require_readable(path)
-    import onnx_ir as ir
+    proto = _read_proto(path)
+    notes = repair(proto, str(path))
+    model = _deserialize(proto, path)
+    notes += check(model, path)
+    if model.graph.name in (None, "", "main"):
+        model.graph.name = path.stem
+    note(model, notes)
+    return model
+
+
+def _read_proto(path: Path) -> onnx.ModelProto:
+    import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
     except (DecodeError, UnicodeDecodeError) as error:
         raise BadInput(
             "not an ONNX file, or a damaged one", about=str(path), remedy="export it again"
         ) from error
+    if not proto.HasField("graph"):
+        raise BadInput("it holds no graph", about=str(path), remedy="export it again")
+    return proto
+
+
+def _deserialize(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    import onnx_ir as ir
+
+    try:
+        model = ir.from_proto(proto)
     except RecursionError as error:
         raise BadInput("its graphs are nested too deeply", about=str(path)) from error
     except Exception as error:  # onnx_ir raises many kinds for what protobuf lets through
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__  # type: ignore[assignment]  # only Exceptions are chained here
+        reason = str(root).strip().split("\n")[0] or type(root).__name__
         raise BadInput(f"malformed ONNX: {reason}", about=str(path)) from error
-    check(model, path)
-    if not model.graph.name:
-        model.graph.name = path.stem
+    ir.external_data.set_base_dir(model.graph, path.parent)
     return model
+
+
+_NOTES = "trivium.notes"
+
+
+def note(model: ir.Model, notes: Iterable[str]) -> None:
+    """Remember what a reader of this model's results should know; it goes into the manifest."""
+    kept = dict.fromkeys([*model.meta.get(_NOTES, ()), *notes])
+    if kept:
+        model.meta[_NOTES] = tuple(kept)
+
+
+def notes_of(model: ir.Model) -> tuple[str, ...]:
+    """What was repaired or found doubtful while the model was loaded."""
+    return tuple(model.meta.get(_NOTES, ()))
 
 
 def _require_readable(path: Path) -> None:
@@ -104,149 +140,6 @@ def _load_checkpoint(folder: Path) -> ir.Model:
     return build(folder)
 
 
-def check(model: ir.Model, path: Path) -> None:
-    """Raise ``BadInput`` unless the model is sound enough to hand to an engine.
-
-    Raises:
-        Unsupported: Operators of the standard domain that no opset has; all of them at once.
-    """
-    _check_opsets(model, path)
-    _check_tensors(model, path)
-    _check_structure(model, path)
-    _check_protobuf(model, path)
-
-
-def _check_opsets(model: ir.Model, path: Path) -> None:
-    import onnx.defs
-
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    newest = onnx.defs.onnx_opset_version()
-    if version is None:
-        if any(node.domain in ("", "ai.onnx") for node in model.graph):
-            raise BadInput(
-                "the model imports no opset of the standard domain",
-                about=str(path),
-                remedy="export it again with opset_import set",
-            )
-        return
-    if not 1 <= version <= newest:
-        raise BadInput(
-            f"opset {version} is not known to the installed onnx (newest {newest})",
-            about=str(path),
-            remedy="export it with an older opset or update onnx",
-        )
-
-
-def _check_tensors(model: ir.Model, path: Path) -> None:
-    import onnx_ir as ir
-
-    base = path.parent.resolve()
-    for tensor in _tensors(model):
-        about = f"{path}: tensor {tensor.name!r}"
-        count = 1
-        for dim in tensor.shape:
-            if not isinstance(dim, int) or dim < 0:
-                raise BadInput(f"dimension {dim} of a stored tensor", about=about)
-            count *= dim
-        if count * tensor.dtype.itemsize > MAX_BYTES:
-            raise BadInput(f"claims {count} elements, which no file can hold", about=about)
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_external(tensor, base, about)
-        elif isinstance(tensor, ir.TensorProtoTensor):
-            _check_inline(tensor, about)
-
-
-def _check_external(tensor: ir.ExternalTensor, base: Path, about: str) -> None:
-    location = Path(tensor.location)
-    resolved = (base / location).resolve()
-    if location.is_absolute() or not resolved.is_relative_to(base):
-        raise BadInput(
-            f"external data {str(location)!r} lies outside of the model's folder", about=about
-        )
-    if not resolved.is_file():
-        raise BadInput(
-            f"external data file {str(location)!r} is absent",
-            about=about,
-            remedy="put it beside the model",
-        )
-    offset, length = tensor.offset or 0, tensor.length
-    size = resolved.stat().st_size
-    if offset < 0 or (length is not None and length < 0):
-        raise BadInput(f"external data at offset {offset}, length {length}", about=about)
-    if length is not None and length < tensor.nbytes:
-        raise BadInput(f"{length} bytes of external data for {tensor.nbytes}", about=about)
-    if offset + tensor.nbytes > size:
-        raise BadInput(
-            f"external data ends at byte {offset + tensor.nbytes} of a file of {size}",
-            about=about,
-            remedy="the file is truncated; copy it again",
-        )
-
-
-def _check_inline(tensor: ir.TensorProtoTensor, about: str) -> None:
-    proto = tensor.raw
-    if proto.HasField("raw_data") and len(proto.raw_data) != tensor.nbytes:
-        raise BadInput(
-            f"{len(proto.raw_data)} bytes of data where its shape needs {tensor.nbytes}",
-            about=about,
-        )
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Every stored tensor: initializers of all graphs, and tensor attributes."""
-    import onnx_ir as ir
-
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value
-    for node in model.graph.all_nodes():
-        for attr in node.attributes.values():
-            if isinstance(attr, ir.Attr) and attr.type == ir.AttributeType.TENSOR:
-                yield attr.as_tensor()
-
-
-def _check_structure(model: ir.Model, path: Path) -> None:
-    """Values defined before use, named once; operators of the standard domain that exist."""
-    unknown = []
-    import onnx.defs
-
-    opset = model.opset_imports.get("", 1)
-    functions = {key[:2] for key in model.functions}
-    for graph in model.graphs():
-        seen: set[str] = set()
-        for node in graph:
-            for output in node.outputs:
-                if output.name and output.name in seen:
-                    raise BadInput(
-                        f"the value {output.name!r} is defined twice",
-                        about=f"{path}: node {node.name or node.op_type!r}",
-                    )
-                seen.add(output.name or "")
-            if node.domain not in ("", "ai.onnx") or (node.domain, node.op_type) in functions:
-                continue
-            try:
-                onnx.defs.get_schema(node.op_type, opset, "")
-            except onnx.defs.SchemaError:
-                unknown.append(f"{node.name or '(unnamed)'}: no operator {node.op_type!r}")
-    if unknown:
-        raise Unsupported(
-            f"{len(unknown)} operators that opset {opset} does not have: {'; '.join(unknown[:5])}",
-            about=str(path),
-            remedy="export with standard operators",
-            refusals=unknown,
-        )
-
-
-def _check_protobuf(model: ir.Model, path: Path) -> None:
-    """onnx's own checker and strict inference, for what only they know (types, shapes, cycles)."""
-    from trivium.compiler.onnx_api import check_model
-
-    problem = check_model(model)
-    if problem is not None:
-        raise BadInput(problem, about=str(path))
-
-
 def signature(model: ir.Model) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """Return the inputs (without initializers) and outputs of a model."""
     inputs = tuple(
@@ -286,7 +179,7 @@ def _external_files(path: Path) -> list[Path]:
 
     found = {
         (path.parent / tensor.location)
-        for tensor in _tensors(ir.load(path))
+        for tensor in tensors(ir.load(path))
         if isinstance(tensor, ir.ExternalTensor)
     }
     return sorted(found)
@@ -355,7 +248,7 @@ def _inlined(model: ir.Model) -> ir.Model:
     """A model whose initializers are all in memory, for a file that stands alone."""
     import onnx_ir as ir
 
-    if not any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
+    if not any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors(model)):
         return model
     copy = model.clone()
     ir.external_data.load_to_model(copy)

@@ -4,6 +4,7 @@ models: weights are taken out before the model is serialized for it and put back
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -48,22 +49,118 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
             graph.register_initializer(value)
 
 
-def check_model(model: ir.Model) -> str | None:
-    """Return what onnx's checker and strict shape inference find wrong, in one line, or None."""
+def check_model(model: ir.Model) -> tuple[str | None, list[str]]:
+    """Hold a model to onnx's checker and strict shape inference.
+
+    What the model declares of the shapes of computed values is left out of it: where inference
+    contradicts a declaration, the declaration is dropped from the model and a note says so.
+
+    Returns:
+        What is wrong, in one line, or None; and the notes.
+    """
     import onnx.checker
     import onnx.shape_inference
 
-    with light_proto(model) as proto:
-        try:
-            onnx.checker.check_model(proto)
-        except onnx.checker.ValidationError as error:
-            return one_line(error)
-        custom = {op.domain for op in proto.opset_import} - {"", "ai.onnx"}
-        try:
-            onnx.shape_inference.infer_shapes(proto, strict_mode=not custom, data_prop=True)
-        except onnx.shape_inference.InferenceError as error:
-            return one_line(error)
-    return None
+    try:
+        with light_proto(model) as proto:
+            pass
+    except Exception as error:  # onnx_ir's own error wraps whatever it meets
+        return f"malformed: {one_line(_root(error))}", []
+    declared = _strip_shapes(proto.graph)
+    custom = {op.domain for op in proto.opset_import} - {"", "ai.onnx"}
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=not custom, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        return _tidy(one_line(error)), []
+    for value in (*inferred.graph.input, *inferred.graph.output):
+        # The checker wants a shape where the standard allows an unknown rank; inference is over.
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    try:
+        onnx.checker.check_model(inferred)
+    except onnx.checker.ValidationError as error:
+        return one_line(error), []
+    return None, _drop_contradicted(model, inferred, declared)
+
+
+_Declared = dict[str, "onnx.TensorShapeProto"]
+
+
+def _strip_shapes(graph: onnx.GraphProto) -> _Declared:
+    """Take declared shapes of computed values out of a graph and its bodies; return the top's."""
+    from trivium.compiler.repair import subgraphs
+
+    given = {value.name for value in graph.input} | {t.name for t in graph.initializer}
+    declared: _Declared = {}
+    for value in (*graph.value_info, *graph.output):
+        if value.name in given or not value.type.tensor_type.HasField("shape"):
+            continue
+        shape = declared[value.name] = type(value.type.tensor_type.shape)()
+        shape.CopyFrom(value.type.tensor_type.shape)
+        value.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for body in subgraphs(node):
+            _strip_shapes(body)
+    return declared
+
+
+def _drop_contradicted(
+    model: ir.Model, inferred: onnx.ModelProto, declared: _Declared
+) -> list[str]:
+    import onnx_ir as ir
+
+    found = {
+        value.name: value.type.tensor_type.shape
+        for value in (*inferred.graph.value_info, *inferred.graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+    wrong = {
+        name: found[name]
+        for name, shape in declared.items()
+        if name in found and found[name].dim and _contradict(shape, found[name])
+    }
+    notes = []
+    values = ir.convenience.create_value_mapping(model.graph)
+    for name, shape in wrong.items():
+        value = values[name]
+        notes.append(
+            f"the declared shape {_show(declared[name])} of {name!r} is wrong: {_show(shape)}"
+        )
+        value.shape = ir.Shape([_size(dim) for dim in shape.dim])
+    return notes
+
+
+def _contradict(one: onnx.TensorShapeProto, other: onnx.TensorShapeProto) -> bool:
+    if len(one.dim) != len(other.dim):
+        return True
+    return any(
+        a.HasField("dim_value") and b.HasField("dim_value") and a.dim_value != b.dim_value
+        for a, b in zip(one.dim, other.dim, strict=True)
+    )
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+
+
+def _show(shape: onnx.TensorShapeProto) -> str:
+    return str([size if (size := _size(dim)) is not None else "?" for dim in shape.dim])
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _tidy(message: str) -> str:
+    """``(op_type:MatMul, node name: m): [TypeInferenceError] x`` -> ``node m (MatMul): x``."""
+    plain = re.sub(r"\[\w*Error\]\s*|Inference error\(s\):\s*", "", message).strip()
+    found = re.match(r"\(op_type:(\w+)(?:, node name: (.*?))?\):\s*(.*)", plain)
+    if found is None:
+        return plain
+    op_type, name, reason = found.groups()
+    return f"node {name} ({op_type}): {reason}" if name else f"a node {op_type}: {reason}"
 
 
 def one_line(error: BaseException) -> str:

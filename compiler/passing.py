@@ -11,6 +11,7 @@ small and never maps what is large unless asked).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SMALL_BYTES = 1 << 20
+
+# What these libraries log while a pass of theirs runs is for their own developers. Without a
+# handler Python would print it; an application that configures logging still gets it.
+for _library in ("onnx_ir", "onnxscript"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:

@@ -24,6 +24,10 @@ Array = "np.ndarray[Any, Any]"
 DEFAULT_DIM = 8
 """What a symbolic dimension other than the first becomes when nobody bound it."""
 
+OTHER_DIMS = (4, 1, 64, 512)
+"""What to try next where a model cannot digest that: a table of positions may be shorter, a window
+longer."""
+
 
 def read_npz(path: str | os.PathLike[str], inputs: Sequence[TensorInfo]) -> list[dict[str, Any]]:
     """Read feeds from an ``.npz``: one array for each input, the samples along the first axis.
@@ -142,41 +146,87 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def bound_shape(info: TensorInfo, workload: Workload) -> tuple[int, ...]:
-    """The shape of an input, symbolic dimensions from the workload or by default."""
+def bound_shape(
+    info: TensorInfo, workload: Workload, defaults: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
+    """The shape of an input, symbolic dimensions from the workload or by default.
+
+    Args:
+        defaults: What `default_dims` chose for all inputs together; without it the input is
+            taken for the model's only one.
+    """
     if info.name in workload.shapes:
         return workload.shapes[info.name]
+    known = default_dims([info], workload) if defaults is None else defaults
     shape = []
     for axis, dim in enumerate(info.shape):
         if isinstance(dim, int):
             shape.append(dim)
-        elif dim in workload.dims:
-            shape.append(workload.dims[dim])
         else:
-            shape.append(workload.batch if axis == 0 else DEFAULT_DIM)
+            shape.append(known.get(dim, workload.batch if axis == 0 else DEFAULT_DIM))
     return tuple(shape)
 
 
+def default_dims(
+    inputs: Sequence[TensorInfo], workload: Workload, size: int = DEFAULT_DIM
+) -> dict[str, int]:
+    """Choose a size for every symbolic dimension, the same wherever it occurs.
+
+    What leads any input is the batch; a total is the sum of what it is the total of
+    (``past_len + len``, or ``total_len`` beside ``past_len`` and ``len``); the rest is ``size``.
+    """
+    symbols = {dim: None for info in inputs for dim in info.shape if isinstance(dim, str)}
+    leading = {info.shape[0] for info in inputs if info.shape}
+    dims = dict(workload.dims)
+    for symbol in symbols:
+        if symbol != "?" and not _parts(symbol, symbols):
+            dims.setdefault(symbol, workload.batch if symbol in leading else size)
+    for symbol in symbols:
+        if parts := _parts(symbol, symbols):
+            total = sum(int(part) if part.isdigit() else dims.get(part, size) for part in parts)
+            dims.setdefault(symbol, total)
+    return dims
+
+
+def _parts(symbol: str, symbols: Mapping[str, None]) -> list[str]:
+    """The dimensions that one is the sum of, by its name; none if it stands for itself."""
+    if "+" in symbol:
+        return [part.strip() for part in symbol.split("+")]
+    for prefix in ("total_", "all_", "kv_"):
+        rest = symbol.removeprefix(prefix)
+        if rest != symbol and rest in symbols and f"past_{rest}" in symbols:
+            return [rest, f"past_{rest}"]
+    return []
+
+
 def seeded(
-    model: ir.Model, workload: Workload, *, count: int = 1, seed: int = 0
+    model: ir.Model,
+    workload: Workload,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    size: int = DEFAULT_DIM,
 ) -> list[dict[str, Any]]:
     """Make feeds that a model can digest, the same for the same seed.
 
-    Floats are standard normal; integers follow what the graph does with them.
+    Floats are standard normal; integers follow what the graph does with them. ``size`` is what
+    unbound dimensions other than the batch become.
     """
     import numpy as np
 
     from trivium.compiler.model import signature
 
     values = {value.name: value for value in model.graph.inputs}
+    inputs = signature(model)[0]
+    defaults = default_dims(inputs, workload, size)
     feeds = []
     for index in range(count):
         feed = {}
-        for info in signature(model)[0]:
+        for info in inputs:
             # A generator for each input: adding one does not change the others.
             key = hashlib.sha256(f"{seed}/{index}/{info.name}".encode()).digest()
             rng = np.random.default_rng(int.from_bytes(key[:8], "little"))
-            shape = bound_shape(info, workload)
+            shape = bound_shape(info, workload, defaults)
             feed[info.name] = _draw(rng, info, shape, values[info.name])
         feeds.append(feed)
     return feeds

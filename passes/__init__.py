@@ -10,8 +10,10 @@ PASSES: dict[str, str] = {
     "convert-opset": "trivium.passes.convert_opset:ConvertOpset",
     "fold-constants": "trivium.passes.fold_constants:FoldConstants",
     "infer-shapes": "trivium.passes.infer_shapes:InferShapes",
+    "lift-constants": "trivium.passes.lift_constants:LiftConstants",
     "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
+    "simplify": "trivium.passes.simplify:Simplify",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
     "unique-names": "trivium.passes.unique_names:UniqueNames",
 }

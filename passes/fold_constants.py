@@ -10,13 +10,16 @@ import onnx_ir as ir
 from trivium.compiler.passing import Pass, option
 from trivium.compiler.types import Preserves
 
+_KEPT = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+"""Quantization is part of normal form: folding it would undo it."""
+
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
     """Fold constant subgraphs and shape arithmetic.
 
     Left alone: results larger than ``output_limit`` bytes, which would cost more to store than to
-    compute, and what reads weights larger than ``input_limit``.
+    compute; what reads weights larger than ``input_limit``; quantization of weights.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -29,6 +32,9 @@ class FoldConstants(Pass):
         from onnxscript.optimizer import fold_constants
 
         result = fold_constants(
-            model, input_size_limit=self.input_limit, output_size_limit=self.output_limit
+            model,
+            input_size_limit=self.input_limit,
+            output_size_limit=self.output_limit,
+            should_fold=lambda node: False if node.op_type in _KEPT else None,
         )
         return bool(result.modified)
