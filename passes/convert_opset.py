@@ -71,7 +71,7 @@ class ConvertOpset(Pass):
             name: value.const_value for name, value in model.graph.initializers.items() if name
         }
         with light_proto(model) as proto:
-            large = {value.name for value in proto.graph.input} & weights.keys()
+            large = [value.name for value in proto.graph.input if value.name in weights]
         _upgrade_nameless(proto)
         try:
             converted = onnx.version_converter.convert_version(proto, self.version)
