@@ -6,4 +6,6 @@ are mapped from the safetensors files, never read.
 
 from __future__ import annotations
 
-BUILDERS: dict[str, str] = {}
+BUILDERS: dict[str, str] = {
+    "bert": "trivium.models.bert:build",
+}

