@@ -15,5 +15,6 @@ PASSES: dict[str, str] = {
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
     "simplify": "trivium.passes.simplify:Simplify",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
+    "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",
     "unique-names": "trivium.passes.unique_names:UniqueNames",
 }

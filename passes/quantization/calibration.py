@@ -1,0 +1,221 @@
+"""Running a graph on representative inputs and showing tensors to observers, in bounded memory.
+
+ONNX Runtime runs the graph with the observed tensors as extra outputs. Three things bound memory:
+feeds are cut into small batches, tensors are taken in groups whose sizes fit a budget (one run of
+the graph for each group and batch), and observers keep statistics only.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.onnx_api import one_line
+from trivium.passes.quantization.observers import Observer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.compiler.backend import Tensors
+
+BATCH = 8
+"""Samples run at a time where the model's batch is free."""
+
+BUDGET = 48 << 20
+"""Bytes of observed tensors that one run may return."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration saw.
+
+    Attributes:
+        observers: By value; those whose ``seen`` is 0 were never computed.
+        samples: How many samples there were.
+        spoiled: Values that held NaN or infinity on some sample.
+    """
+
+    observers: Mapping[ir.Value, Observer]
+    samples: int
+    spoiled: frozenset[ir.Value]
+
+
+def calibrate(
+    model: ir.Model,
+    values: Sequence[ir.Value],
+    feeds: Iterable[Tensors],
+    make: Callable[[ir.Value], Observer],
+    *,
+    budget: int = BUDGET,
+) -> Calibrated:
+    """Show every batch of ``values`` to an observer of its own.
+
+    Args:
+        model: In normal form; unchanged afterwards.
+        values: Float tensors of the main graph.
+        feeds: Iterated once for each group of values.
+        make: Makes the observer of a value.
+        budget: Bytes of observed tensors that one run may return.
+
+    Raises:
+        BadInput: No feeds.
+        BackendFailed: ONNX Runtime cannot run the model.
+    """
+    observers = {value: make(value) for value in values}
+    spoiled: set[ir.Value] = set()
+    given = [value for value in values if _is_fed(value)]
+    computed = [value for value in values if not _is_fed(value)]
+    samples = 0
+    free = _free_batch(model)
+    first = next(iter(_batches(feeds, free)), None)
+    if first is None:
+        raise BadInput(
+            "the calibration data is empty", about="quantize", remedy="give at least one sample"
+        )
+    for batch, count in _batches(feeds, free):
+        samples += count
+        for value in given:
+            _show(observers[value], np.asarray(batch[value.name or ""]), value, spoiled)
+    with tempfile.TemporaryDirectory(prefix="trivium-calibrate-") as folder:
+        for group in _groups(computed, first[0], budget):
+            run = _runner(model, group, Path(folder))
+            for batch, _ in _batches(feeds, free):
+                for value, array in zip(group, run(batch), strict=True):
+                    _show(observers[value], array, value, spoiled)
+    return Calibrated(observers, samples, frozenset(spoiled))
+
+
+def _is_fed(value: ir.Value) -> bool:
+    return value.is_graph_input() and not value.is_initializer()
+
+
+def _show(
+    observer: Observer, array: np.ndarray[Any, Any], value: ir.Value, spoiled: set[ir.Value]
+) -> None:
+    if array.size == 0:
+        return
+    array = array.astype(np.float32, copy=False)
+    # The sum of finite values is finite unless it overflows; only then look at each of them.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(array.sum()) or np.isfinite(array).all()
+    if finite:
+        observer.update(array)
+    else:
+        spoiled.add(value)
+
+
+def _free_batch(model: ir.Model) -> str | None:
+    """The name of the leading dimension that all inputs share and a feed may choose, if any."""
+    names = set()
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        shape = value.shape
+        if shape is None or not len(shape) or isinstance(shape[0], int):
+            return None
+        names.add(shape[0].value)
+    return names.pop() if len(names) == 1 else None
+
+
+def _batches(feeds: Iterable[Tensors], free: str | None) -> Iterator[tuple[Tensors, int]]:
+    """Feeds cut along a free batch dimension, each with its number of samples."""
+    for feed in feeds:
+        sizes = {np.shape(array)[0] for array in feed.values() if np.ndim(array)}
+        if free is None or len(sizes) != 1 or any(not np.ndim(a) for a in feed.values()):
+            yield feed, 1
+            continue
+        size = sizes.pop()
+        for start in range(0, size, BATCH):
+            end = min(start + BATCH, size)
+            yield {name: array[start:end] for name, array in feed.items()}, end - start
+
+
+def _groups(values: Sequence[ir.Value], feed: Tensors, budget: int) -> Iterator[list[ir.Value]]:
+    """Values in graph order, grouped so that each group's tensors fit the budget."""
+    sizes = {str(d): s for d, s in _symbols(values, feed)}
+    group: list[ir.Value] = []
+    total = 0
+    for value in values:
+        nbytes = _bytes(value, sizes)
+        if group and total + nbytes > budget:
+            yield group
+            group, total = [], 0
+        group.append(value)
+        total += nbytes
+    if group:
+        yield group
+
+
+def _symbols(values: Sequence[ir.Value], feed: Tensors) -> Iterator[tuple[Any, int]]:
+    """What the symbolic dimensions of the graph's inputs are in a feed."""
+    graph = next((value.graph for value in values if value.graph is not None), None)
+    for value in graph.inputs if graph is not None else ():
+        array = feed.get(value.name or "")
+        if array is not None and value.shape is not None:
+            for dim, size in zip(value.shape, np.shape(array), strict=False):
+                if not isinstance(dim, int):
+                    yield dim.value, size
+
+
+def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    """Size of a float tensor; what inference could not name counts as the batch."""
+    if value.shape is None:
+        return BUDGET // 8
+    known = [d if isinstance(d, int) else sizes.get(str(d.value), BATCH) for d in value.shape]
+    return 4 * math.prod(known)
+
+
+def _runner(
+    model: ir.Model, values: Sequence[ir.Value], folder: Path
+) -> Callable[[Tensors], list[np.ndarray[Any, Any]]]:
+    import onnxruntime as ort
+
+    from trivium.compiler.model import save
+
+    path = folder / "observed.onnx"
+    with _as_outputs(model, values):
+        # External data is mapped by ONNX Runtime: weights are neither parsed nor copied.
+        save(model, path, external=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    names = [value.name or "" for value in values]
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen kinds without a common base
+        raise _cannot_run(error) from error
+
+    def run(feed: Tensors) -> list[np.ndarray[Any, Any]]:
+        try:
+            return list(session.run(names, dict(feed)))
+        except Exception as error:  # as above
+            raise _cannot_run(error) from error
+
+    return run
+
+
+def _cannot_run(error: Exception) -> BackendFailed:
+    return BackendFailed(
+        f"ONNX Runtime cannot run the model to calibrate it: {one_line(error)}",
+        about="quantize-static",
+        remedy="use a recipe without calibration, e.g. int8-weights",
+    )
+
+
+@contextmanager
+def _as_outputs(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[None]:
+    """Make values the graph's only outputs for as long as it is saved."""
+    kept = list(model.graph.outputs)
+    model.graph.outputs[:] = list(values)
+    try:
+        yield
+    finally:
+        model.graph.outputs[:] = kept

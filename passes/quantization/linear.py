@@ -1,0 +1,120 @@
+"""Linear quantization: the grid ``x = (q - zero_point) * scale`` and how it is fitted to a range.
+
+Asymmetric: ``scale = (max - min) / (2^b - 1)``, the zero point lands on an integer, so zero is
+exact. Symmetric: ``scale = max|x| / (2^(b-1) - 1)``, the zero point is 0 for signed grids; on
+unsigned ones it is the middle (128 for uint8), or 0 for a range without negative values.
+Rounding is half to even, as QuantizeLinear rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SIGNED = {"int8": 8, "int4": 4, "int2": 2}
+UNSIGNED = {"uint8": 8, "uint4": 4, "uint2": 2}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers ``low`` to ``high`` of a stored dtype.
+
+    Attributes:
+        dtype: ONNX's lower-case name of the type that holds them.
+    """
+
+    dtype: str
+    low: int
+    high: int
+
+    @property
+    def signed(self) -> bool:
+        return self.low < 0
+
+
+def grid(dtype: str, bits: int | None = None) -> Grid:
+    """Return the grid of ``bits`` (by default all) in a dtype.
+
+    Signed grids leave out the lowest code, so that they are symmetric about zero.
+    """
+    width = SIGNED.get(dtype) or UNSIGNED.get(dtype)
+    if width is None:
+        raise ValueError(f"{dtype} is no integer type to quantize to")
+    bits = width if bits is None else bits
+    if not 2 <= bits <= width:
+        raise ValueError(f"{bits} bits in {dtype}: give 2 to {width}")
+    if dtype in SIGNED:
+        return Grid(dtype, -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+    return Grid(dtype, 0, 2**bits - 1)
+
+
+def full(dtype: str) -> Grid:
+    """Return the grid of every code of a dtype, the lowest of a signed one included."""
+    whole = grid(dtype)
+    return Grid(dtype, whole.low - 1, whole.high) if whole.signed else whole
+
+
+def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, Array]:
+    """Fit a grid to ranges.
+
+    Args:
+        low, high: Least and largest value, elementwise; zero is always included.
+        to: The grid.
+        symmetric: Whether zero stays where the grid has its middle.
+
+    Returns:
+        Scales (float32, positive; 1 where the range is only zero) and zero points (int64).
+    """
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    if symmetric:
+        middle = 0 if to.signed else (to.low + to.high + 1) // 2
+        nonnegative = (low >= 0) & (not to.signed)
+        zero = np.where(nonnegative, to.low, middle)
+        scale = np.where(nonnegative, high / (to.high - to.low), 0.0)
+        reach = np.maximum(-low, high) / (to.high - middle)
+        scale = np.where(nonnegative, scale, reach)
+    else:
+        scale = (high - low) / (to.high - to.low)
+        safe = np.where(scale > 0, scale, 1.0)
+        zero = np.clip(np.rint(to.low - low / safe), to.low, to.high)
+    # Below the least normal float32 a scale would be flushed to zero by some engines.
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, 1.0)
+    return scale.astype(np.float32), zero.astype(np.int64)
+
+
+def quantize(values: Array, scale: Array, zero: Array | int, to: Grid) -> Array:
+    """Return the codes of ``values`` as QuantizeLinear computes them; arguments broadcast."""
+    codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    codes += np.asarray(zero, np.float32)
+    np.clip(codes, to.low, to.high, out=codes)
+    return codes.astype(_container(to))
+
+
+def dequantize(codes: Array, scale: Array, zero: Array | int) -> Array:
+    """Return the values of codes; arguments broadcast."""
+    shifted = codes.astype(np.int32) - np.asarray(zero, np.int32)
+    return shifted.astype(np.float32) * np.asarray(scale, np.float32)
+
+
+def _container(to: Grid) -> type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]:
+    return np.int8 if to.signed else np.uint8
+
+
+def along(array: Array, axis: int | None, rank: int) -> Array:
+    """Shape a vector so that it broadcasts along one axis of a tensor (scalars pass through)."""
+    if axis is None or array.ndim == 0:
+        return array
+    return array.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def extremes(values: Array, axis: int | None) -> tuple[Array, Array]:
+    """Return least and largest value, over everything or for each index of one axis."""
+    if axis is None:
+        return np.asarray(values.min()), np.asarray(values.max())
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return np.asarray(values.min(axis=others)), np.asarray(values.max(axis=others))

@@ -1,0 +1,159 @@
+"""Quantize activations and weights to 8-bit integers with ranges found on representative inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx_ir as ir
+
+from trivium.compiler.errors import BadInput
+from trivium.compiler.passing import Pass, decline, from_context, option
+from trivium.compiler.types import Preserves
+from trivium.passes.quantization import linear
+from trivium.passes.quantization.calibration import Calibrated, calibrate
+from trivium.passes.quantization.insertion import Inserter
+from trivium.passes.quantization.observers import OBSERVERS
+from trivium.passes.quantization.placement import DEFAULT, PLACEMENTS, Placement
+from trivium.passes.quantization.planning import Plan, plan
+
+if TYPE_CHECKING:
+    from trivium.compiler.backend import Tensors
+    from trivium.compiler.types import Target
+
+
+@dataclass(frozen=True)
+class QuantizeStatic(Pass):
+    """Put Q/DQ pairs where the target's engine turns them into integer kernels.
+
+    Where that is, is data: see `trivium.passes.quantization.placement`. The placement is that of
+    the target's backend unless ``policy`` names one. Weights are int8, symmetric, by default with
+    a scale for each output channel; activations have one scale each, from calibration data that
+    is run through the graph once or a few times while only statistics are kept.
+
+    Left alone: what is quantized already (so that running twice changes nothing), subgraphs,
+    weights with NaN or infinity, tensors that the calibration data never reaches or that hold NaN
+    there, and what an engine has no integer kernel for.
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    preserves: ClassVar[Preserves] = "lossy"
+
+    method: str = option(
+        "entropy", "How a tensor's range is chosen from its values", choices=("entropy", "minmax")
+    )
+    policy: str = option(
+        "auto", "Whose placement of Q/DQ to use", choices=("auto", *sorted(PLACEMENTS))
+    )
+    activation: str = option("auto", "Type of the activations", choices=("auto", "int8", "uint8"))
+    symmetric: str = option(
+        "auto", "Whether activations are symmetric about zero", choices=("auto", "yes", "no")
+    )
+    per_channel: bool = option(True, "Whether each output channel of a weight has its own scale")
+    weight_bits: int = option(
+        8,
+        "Bits of a weight; 7 avoids saturation on x86 without VNNI",
+        choices=(2, 3, 4, 5, 6, 7, 8),
+    )
+    op_types: tuple[str, ...] = option((), "Operators to quantize; none = all that the engine has")
+    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+
+    target: Target | None = from_context("target")
+    calibration: Iterable[Tensors] | None = from_context("calibration")
+
+    def run(self, model: ir.Model) -> bool:
+        placement = self._placement()
+        made = plan(model.graph, placement, self._chosen)
+        if not made.tensors:
+            return False
+        ranges = self._ranges(model, made, placement)
+        _forget_unknown(made, ranges)
+        if not made.tensors:
+            return False
+        self._inserter(model.graph, placement).insert(made, ranges)
+        return True
+
+    def _placement(self) -> Placement:
+        name = self.policy
+        if name == "auto":
+            backend = self.target.backend if self.target is not None else DEFAULT
+            name = backend if backend in PLACEMENTS else DEFAULT
+        return PLACEMENTS[name]
+
+    def _chosen(self, node: ir.Node) -> bool:
+        if self.op_types and node.op_type not in self.op_types:
+            return False
+        return not any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude)
+
+    def _grid(self, placement: Placement) -> tuple[linear.Grid, bool]:
+        dtype = placement.activation if self.activation == "auto" else self.activation
+        symmetric = placement.symmetric if self.symmetric == "auto" else self.symmetric == "yes"
+        return (linear.grid(dtype) if symmetric else linear.full(dtype)), symmetric
+
+    def _ranges(
+        self, model: ir.Model, made: Plan, placement: Placement
+    ) -> dict[ir.Value, tuple[float, float]]:
+        """The range of every root that the calibration reached."""
+        ranges: dict[ir.Value, tuple[float, float]] = {}
+        observed = []
+        for value in made.tensors:
+            if value in made.derived:
+                continue
+            maker = value.producer()
+            known = placement.fixed.get(maker.op_type) if maker is not None else None
+            if known is not None:
+                ranges[made.root(value)] = known
+            else:
+                observed.append(value)
+        if not observed:
+            return ranges
+        seen = self._calibrate(model, observed, placement)
+        for value, observer in seen.observers.items():
+            if value in seen.spoiled:
+                decline(value, "holds NaN or infinity on the calibration data")
+            elif not observer.seen:
+                decline(value, "the calibration data never reaches it")
+            else:
+                low, high = observer.range()
+                root = made.root(value)
+                before = ranges.get(root, (0.0, 0.0))
+                ranges[root] = min(low, before[0]), max(high, before[1])
+        return ranges
+
+    def _calibrate(
+        self, model: ir.Model, values: list[ir.Value], placement: Placement
+    ) -> Calibrated:
+        if self.calibration is None:
+            raise BadInput(
+                "quantization needs representative inputs",
+                about=self.name,
+                remedy="give them with --calib FILE.npz, or use the recipe int8-weights",
+            )
+        codes = self._grid(placement)[0]
+        count = codes.high - codes.low + 1
+        make: Any = OBSERVERS[self.method]
+        seen = calibrate(model, values, self.calibration, lambda _: make(count))
+        if seen.samples == 1:
+            decline(
+                model.graph.inputs[0],
+                "calibrated on a single sample: ranges that other inputs need may be cut off",
+            )
+        return seen
+
+    def _inserter(self, graph: ir.Graph, placement: Placement) -> Inserter:
+        activations, symmetric = self._grid(placement)
+        weights = linear.grid("int8", self.weight_bits)
+        return Inserter(graph, activations, symmetric, weights, self.per_channel)
+
+
+def _forget_unknown(made: Plan, ranges: dict[ir.Value, tuple[float, float]]) -> None:
+    """Drop activations without a range, and the weights of operators that read them."""
+    lost = {value for value in made.tensors if made.root(value) not in ranges}
+    if not lost:
+        return
+    for value in lost:
+        del made.tensors[value]
+    for uses in (made.weights, made.constants, made.biases):
+        uses[:] = [use for use in uses if not lost & set(use[0].inputs)]
