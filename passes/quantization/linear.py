@@ -67,7 +67,8 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
         symmetric: Whether zero stays where the grid has its middle.
 
     Returns:
-        Scales (float32, positive; 1 where the range is only zero) and zero points (int64).
+        Scales (float32, positive; that of a range of 1 where it is only zero) and zero points
+        (int64).
     """
     low = np.minimum(np.asarray(low, np.float64), 0.0)
     high = np.maximum(np.asarray(high, np.float64), 0.0)
@@ -83,7 +84,7 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
         safe = np.where(scale > 0, scale, 1.0)
         zero = np.clip(np.rint(to.low - low / safe), to.low, to.high)
     # Below the least normal float32 a scale would be flushed to zero by some engines.
-    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, 1.0)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, 1.0 / (to.high - to.low))
     return scale.astype(np.float32), zero.astype(np.int64)
 
 
