@@ -144,7 +144,8 @@ def divergence_threshold(counts: Array, levels: int, *, stride: int = 8) -> int:
     tail = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])
     for bins in sorted({*range(levels, used, stride), used}):
         divergence = _divergence(counts[:bins], tail[bins], levels)
-        if divergence < best:
+        # Of equals the widest: a histogram of a few spikes loses nothing wherever it is cut.
+        if divergence <= best + 1e-12:
             best, chosen = divergence, bins
     return chosen
 
