@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,10 +32,33 @@ class FoldConstants(Pass):
     def run(self, model: ir.Model) -> bool:
         from onnxscript.optimizer import fold_constants
 
-        result = fold_constants(
-            model,
-            input_size_limit=self.input_limit,
-            output_size_limit=self.output_limit,
-            should_fold=lambda node: False if node.op_type in _KEPT else None,
+        modified = False
+        before = _state(model)
+        # onnxscript goes through the nodes once; what a folded If leaves behind can fold again.
+        # What it reports leaves out the shapes that it finds.
+        for _ in range(50):
+            fold_constants(
+                model,
+                input_size_limit=self.input_limit,
+                output_size_limit=self.output_limit,
+                should_fold=lambda node: False if node.op_type in _KEPT else None,
+            )
+            after = _state(model)
+            if after == before:
+                break
+            modified, before = True, after
+        return modified
+
+
+def _state(model: ir.Model) -> Hashable:
+    """What folding can change: nodes, what they read, and what is known of the values."""
+    return tuple(
+        (
+            node.op_type,
+            tuple(value.name if value is not None else None for value in node.inputs),
+            tuple(node.attributes),
+            tuple((value.name, str(value.shape), str(value.type)) for value in node.outputs),
         )
-        return bool(result.modified)
+        for graph in model.graphs()
+        for node in graph
+    )
