@@ -43,7 +43,8 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
                 graph.inputs.append(value)
         yield ir.to_proto(model)
     finally:
-        del graph.inputs[given:]
+        # Assigned, not deleted: deleting a slice leaves the values marked as inputs.
+        graph.inputs[given:] = []
         for value, tensor in taken.items():
             value.const_value = tensor
             graph.register_initializer(value)
