@@ -1,0 +1,74 @@
+"""Evaluates a node whose inputs are all known, with onnx's own reference implementation.
+
+This is what folds shape arithmetic while a model is traced. It is numpy all the way: compiling
+each of the hundreds of tiny operators for XLA would take longer than compiling the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MAX_BYTES = 1 << 20
+"""Results larger than this are left to the program, which makes them from less."""
+
+_NEVER = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
+     "Bernoulli", "Dropout", "If", "Loop", "Scan", "SequenceMap"}
+)  # fmt: skip
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value (or everything in a sequence) is known while tracing."""
+    if isinstance(value, list):
+        return all(is_known(item) for item in value)
+    return value is None or isinstance(value, (np.ndarray, np.generic))
+
+
+def fold(node: ir.Node, inputs: Sequence[Any], opset: int) -> tuple[Any, ...] | None:
+    """Evaluate a standard operator with numpy; None if that is not possible or not wise."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in _NEVER:
+        return None
+    if not all(is_known(value) for value in inputs):
+        return None
+    if sum(value.nbytes for value in inputs if isinstance(value, np.ndarray)) > MAX_BYTES:
+        return None
+    results = _evaluate(node, inputs, opset)
+    if results is None:
+        return None
+    results = tuple(_array(value) for value in results)
+    small = all(not isinstance(v, np.ndarray) or v.nbytes <= MAX_BYTES for v in results)
+    return results if small and all(is_known(value) for value in results) else None
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_array(item) for item in value]
+    return value if value is None else np.asarray(value)
+
+
+def _evaluate(node: ir.Node, inputs: Sequence[Any], opset: int) -> tuple[Any, ...] | None:
+    import onnx_ir as ir
+    from onnx.reference.ops._op_list import load_op
+
+    proto = ir.to_proto(node)
+    for attribute in proto.attribute:
+        if attribute.ref_attr_name:
+            return None
+    run = {"log": _silent, "opsets": {"": opset}, "new_ops": {}, "verbose": 0}
+    try:
+        implementation: Any = load_op("", node.op_type, opset)
+        with np.errstate(all="ignore"):
+            results = implementation(proto, run).run(*inputs)
+    except Exception:  # the reference raises many kinds for what it does not implement
+        return None
+    return tuple(results)
+
+
+def _silent(*_: Any) -> None:
+    """A log that nobody reads."""

@@ -1,0 +1,121 @@
+"""The ONNX function body of an operator: the model's own function, or the one in its schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+FunctionKey = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Body:
+    """A function, the operator sets it imports, and defaults for attributes it refers to."""
+
+    function: ir.Function
+    opsets: Mapping[str, int]
+    defaults: Mapping[str, ir.Attr] = field(default_factory=dict)
+
+
+def schema_of(domain: str, op_type: str, opset: int) -> Any | None:
+    """The schema of an operator in an opset, or None if there is none."""
+    try:
+        return onnx.defs.get_schema(
+            op_type, max_inclusive_version=opset, domain="" if domain == "ai.onnx" else domain
+        )
+    except onnx.defs.SchemaError:
+        return None
+
+
+def has_body(domain: str, op_type: str, opset: int) -> bool:
+    """Whether the operator's schema carries a function body."""
+    schema = schema_of(domain, op_type, opset)
+    return schema is not None and (
+        schema.has_function or bool(schema.has_context_dependent_function)
+    )
+
+
+def is_context_dependent(domain: str, op_type: str, opset: int) -> bool:
+    """Whether the body depends on the types and attributes of the node."""
+    schema = schema_of(domain, op_type, opset)
+    return schema is not None and bool(schema.has_context_dependent_function)
+
+
+def body_of(
+    node: ir.Node,
+    opset: int,
+    inputs: Sequence[Any],
+    functions: Mapping[FunctionKey, ir.Function],
+) -> Body | None:
+    """Return the body that a node stands for, or None.
+
+    Args:
+        inputs: Values, whose dtypes a context-dependent body is built for.
+    """
+    own = functions.get((node.domain, node.op_type, node.overload))
+    if own is not None:
+        return Body(own, own.opset_imports)
+    schema = schema_of(node.domain, node.op_type, opset)
+    if schema is None:
+        return None
+    if schema.has_context_dependent_function:
+        return _context_dependent(schema, node, opset, inputs)
+    if not schema.has_function:
+        return None
+    return fixed_body(node.domain, node.op_type, opset)
+
+
+def _defaults(schema: Any) -> dict[str, ir.Attr]:
+    return {
+        name: ir.from_proto(attribute.default_value)
+        for name, attribute in schema.attributes.items()
+        if attribute.default_value.name
+    }
+
+
+@lru_cache(maxsize=512)
+def fixed_body(domain: str, op_type: str, opset: int) -> Body | None:
+    """The body in the schema of an operator, if it has one that is the same for every node."""
+    schema = schema_of(domain, op_type, opset)
+    assert schema is not None
+    versions = [v for v in schema.function_opset_versions if v <= opset]
+    wanted = max(versions, default=None)
+    serialized = schema.get_function_with_opset_version(wanted) if wanted is not None else None
+    proto = serialized if serialized is not None else schema.function_body
+    if isinstance(proto, bytes):
+        proto = onnx.FunctionProto.FromString(proto)
+    function = ir.from_proto(proto)
+    opsets = dict(function.opset_imports)
+    opsets.setdefault("", opset)
+    return Body(function, opsets, _defaults(schema))
+
+
+def _context_dependent(
+    schema: Any, node: ir.Node, opset: int, inputs: Sequence[Any]
+) -> Body | None:
+    versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
+    if not versions:
+        return None
+    types = [_type(value).SerializeToString() for value in inputs]
+    proto = schema.get_context_dependent_function_with_opset_version(
+        max(versions), ir.to_proto(node).SerializeToString(), types
+    )
+    function = ir.from_proto(onnx.FunctionProto.FromString(proto))
+    opsets = dict(function.opset_imports)
+    opsets.setdefault("", opset)
+    return Body(function, opsets, _defaults(schema))
+
+
+def _type(value: Any) -> onnx.TypeProto:
+    if value is None:
+        return onnx.TypeProto()
+    if isinstance(value, list):
+        return onnx.helper.make_sequence_type_proto(_type(value[0]))
+    return onnx.helper.make_tensor_type_proto(
+        onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
+    )

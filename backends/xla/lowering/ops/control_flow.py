@@ -1,0 +1,144 @@
+"""If, Loop and Scan as XLA's conditional, while and scan, or unrolled where their course is known
+while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trivium.backends.xla.lowering.lazy import jnp, lax
+from trivium.backends.xla.lowering.registry import handles
+from trivium.backends.xla.lowering.trace import Op
+
+UNROLLED = 32
+"""Loops of at most this many iterations, all known, may be unrolled if they must be."""
+
+
+@handles("If")
+def if_(op: Op, condition: Any) -> Any:
+    if op.known(condition):
+        return op.subgraph("then_branch" if bool(np.asarray(condition).all()) else "else_branch")()
+    branches = [op.subgraph(name) for name in ("then_branch", "else_branch")]
+    calls = [lambda branch=branch: tuple(jnp.asarray(v) for v in branch()) for branch in branches]
+    return lax.cond(jnp.reshape(condition, ()), *calls)
+
+
+@handles("Loop")
+def loop(op: Op, trips: Any, condition: Any, *carried: Any) -> Any:
+    body = op.subgraph("body")
+    scanned = op.outputs - len(carried)
+    if op.known(trips) and trips is not None and (condition is None or op.known(condition)):
+        return _known_loop(
+            op, body, int(np.asarray(trips).reshape(())), condition, carried, scanned
+        )
+    if scanned:
+        return _bounded_loop(op, body, trips, condition, carried, scanned)
+    limit = jnp.asarray(np.iinfo(np.int64).max) if trips is None else jnp.reshape(trips, ())
+    go = jnp.asarray(True) if condition is None else jnp.reshape(condition, ())
+
+    def step(state: Any) -> Any:
+        index, _, values = state
+        results = body(index, jnp.asarray(True), *values)
+        kept = [_like(v, old) for v, old in zip(results[1:], values, strict=True)]
+        return index + 1, jnp.reshape(jnp.asarray(results[0]), ()), tuple(kept)
+
+    start = (jnp.zeros((), "int64"), go, tuple(jnp.asarray(value) for value in carried))
+    return lax.while_loop(lambda s: (s[0] < limit) & s[1], step, start)[2]
+
+
+def _like(value: Any, old: Any) -> Any:
+    value = jnp.asarray(value)
+    return value.astype(old.dtype) if value.dtype != old.dtype else value
+
+
+def _known_loop(
+    op: Op, body: Any, trips: int, condition: Any, carried: Sequence[Any], scanned: int
+) -> Any:
+    """A loop whose count is known: unrolled, so that shape arithmetic in it folds."""
+    values, rows = list(carried), [[] for _ in range(scanned)]  # type: list[Any], list[list[Any]]
+    go = condition is None or bool(np.asarray(condition).all())
+    for index in range(trips):
+        if not go:
+            break
+        results = body(np.asarray(index, np.int64), np.asarray(True), *values)
+        if not op.known(results[0]):
+            if scanned:
+                return _bounded_loop(op, body, np.asarray(trips), condition, carried, scanned)
+            raise op.refuse("ends at a time that only the program knows, after a known count")
+        go = bool(np.asarray(results[0]).all())
+        values = list(results[1 : 1 + len(values)])
+        for row, value in zip(rows, results[1 + len(values) :], strict=True):
+            row.append(value)
+    return (*values, *(_stacked(op, index, row) for index, row in enumerate(rows, len(values))))
+
+
+def _stacked(op: Op, index: int, rows: list[Any]) -> Any:
+    if rows:
+        return jnp.stack(rows)
+    shape, dtype = op.shape(index), op.dtype(index)
+    return jnp.zeros((0,) if shape is None else (0, *shape[1:]), dtype)
+
+
+def _bounded_loop(
+    op: Op, body: Any, trips: Any, condition: Any, carried: Sequence[Any], scanned: int
+) -> Any:
+    """A loop that collects results has as many rows as the model promises."""
+    promised = op.shape(len(carried))
+    if promised is None:
+        raise op.needs(0)
+
+    def step(state: Any, index: Any) -> Any:
+        results = body(index, jnp.asarray(True), *state)
+        kept = [_like(v, old) for v, old in zip(results[1:], state, strict=False)]
+        return tuple(kept), tuple(jnp.asarray(v) for v in results[1 + len(state) :])
+
+    start = tuple(jnp.asarray(value) for value in carried)
+    final, rows = lax.scan(step, start, jnp.arange(promised[0], dtype="int64"))
+    return (*final, *rows)
+
+
+@handles("Scan")
+def scan_batched(op: Op, lengths: Any, *inputs: Any) -> Any:
+    """Opset 8: a leading batch axis, and lengths that no exporter ever gave."""
+    if lengths is not None:
+        raise op.refuse("of opset 8 with sequence lengths is not lowered")
+    body, count = op.subgraph("body"), op.attr("num_scan_inputs")
+    states = len(inputs) - count
+    batch = [
+        _scan(body, [v[index] for v in inputs[:states]], [v[index] for v in inputs[states:]])
+        for index in range(inputs[-1].shape[0])
+    ]
+    return tuple(jnp.stack(parts) for parts in zip(*batch, strict=True))
+
+
+@handles("Scan", since=9)
+def scan(op: Op, *inputs: Any) -> Any:
+    body, count = op.subgraph("body"), op.attr("num_scan_inputs")
+    states = len(inputs) - count
+    axes = op.attr("scan_input_axes", [0] * count)
+    backward = op.attr("scan_input_directions", [0] * count)
+    rows = []
+    for value, axis, reverse in zip(inputs[states:], axes, backward, strict=True):
+        row = jnp.moveaxis(jnp.asarray(value), axis, 0)
+        rows.append(jnp.flip(row, 0) if reverse else row)
+    results = list(_scan(body, list(inputs[:states]), rows))
+    collected = len(results) - states
+    axes = op.attr("scan_output_axes", [0] * collected)
+    backward = op.attr("scan_output_directions", [0] * collected)
+    for index, (axis, reverse) in enumerate(zip(axes, backward, strict=True), states):
+        row = jnp.flip(results[index], 0) if reverse else results[index]
+        results[index] = jnp.moveaxis(row, 0, axis)
+    return tuple(results)
+
+
+def _scan(body: Any, states: list[Any], rows: list[Any]) -> tuple[Any, ...]:
+    def step(state: Any, row: Any) -> Any:
+        results = [jnp.asarray(value) for value in body(*state, *row)]
+        kept = [_like(v, old) for v, old in zip(results, state, strict=False)]
+        return tuple(kept), tuple(results[len(state) :])
+
+    final, collected = lax.scan(step, tuple(jnp.asarray(v) for v in states), tuple(rows))
+    return (*final, *collected)

@@ -1,0 +1,283 @@
+"""Operators that move, cut and fill: nothing here computes on elements.
+
+Where an operator takes a shape as an operand that is not known while tracing, the shape that the
+model promises for its output stands in (`Op.shape`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trivium.backends.xla.lowering.dtypes import numpy_dtype
+from trivium.backends.xla.lowering.lazy import jnp, lax
+from trivium.backends.xla.lowering.registry import handles
+from trivium.backends.xla.lowering.trace import Op
+
+
+@handles("Constant")
+def constant(op: Op) -> Any:
+    if (tensor := op.attr("value")) is not None:
+        return tensor.numpy()
+    for name, dtype in (("value_float", "float32"), ("value_floats", "float32"),
+                        ("value_int", "int64"), ("value_ints", "int64"),
+                        ("value_string", object), ("value_strings", object)):  # fmt: skip
+        if (value := op.attr(name)) is not None:
+            return np.asarray(value, dtype)
+    raise op.refuse("holds a sparse tensor")
+
+
+@handles("Shape")
+def shape(op: Op, x: Any) -> Any:
+    sizes = np.asarray(x.shape, np.int64)
+    return sizes[slice(op.attr("start", 0), op.attr("end"))]
+
+
+@handles("Size")
+def size(op: Op, x: Any) -> Any:
+    return np.asarray(x.size, np.int64)
+
+
+@handles("Reshape")
+def reshape_by_attribute(op: Op, x: Any) -> Any:
+    return jnp.reshape(x, _target(x, op.attr("shape"), keep_zero=False))
+
+
+@handles("Reshape", since=5, constants=(1,))
+def reshape(op: Op, x: Any, target: Any) -> Any:
+    if not op.known(target):
+        promised = op.shape()
+        if promised is None:
+            raise op.needs(1)
+        return jnp.reshape(x, promised)
+    return jnp.reshape(x, _target(x, op.ints(1, target), bool(op.attr("allowzero", 0))))
+
+
+def _target(x: Any, sizes: list[int], keep_zero: bool) -> list[int]:
+    if keep_zero:
+        return sizes
+    return [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+
+
+@handles("Flatten")
+def flatten(op: Op, x: Any) -> Any:
+    axis = op.attr("axis", 1)
+    axis = axis + x.ndim if axis < 0 else axis
+    rows = int(np.prod(x.shape[:axis], dtype=np.int64))
+    columns = int(np.prod(x.shape[axis:], dtype=np.int64))
+    return jnp.reshape(x, (rows, columns))
+
+
+@handles("Transpose")
+def transpose(op: Op, x: Any) -> Any:
+    return jnp.transpose(x, op.attr("perm"))
+
+
+@handles("Squeeze", constants=(1,))
+def squeeze(op: Op, x: Any, axes: Any = None) -> Any:
+    given = op.attr("axes")
+    if axes is not None:
+        if not op.known(axes):
+            promised = op.shape()
+            if promised is None:
+                raise op.needs(1)
+            return jnp.reshape(x, promised)
+        given = op.ints(1, axes)
+    return jnp.squeeze(x, None if given is None else tuple(given))
+
+
+@handles("Unsqueeze", constants=(1,))
+def unsqueeze(op: Op, x: Any, axes: Any = None) -> Any:
+    if axes is not None and not op.known(axes):
+        promised = op.shape()
+        if promised is None:
+            raise op.needs(1)
+        return jnp.reshape(x, promised)
+    return jnp.expand_dims(x, tuple(op.attr("axes") if axes is None else op.ints(1, axes)))
+
+
+@handles("Expand", since=8, constants=(1,))
+def expand(op: Op, x: Any, target: Any) -> Any:
+    if not op.known(target):
+        promised = op.shape()
+        if promised is None:
+            raise op.needs(1)
+        return jnp.broadcast_to(x, promised)
+    return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, tuple(op.ints(1, target))))
+
+
+@handles("Concat")
+def concat(op: Op, *values: Any) -> Any:
+    return jnp.concatenate(values, axis=op.attr("axis", 1))
+
+
+@handles("Tile", since=6, constants=(1,))
+def tile(op: Op, x: Any, repeats: Any) -> Any:
+    if op.known(repeats):
+        return jnp.tile(x, op.ints(1, repeats))
+    promised = op.shape()
+    if promised is None:
+        raise op.needs(1)
+    return jnp.tile(x, [size // old for size, old in zip(promised, x.shape, strict=True)])
+
+
+@handles("Split", constants=(1,))
+def split(op: Op, x: Any, sizes: Any = None) -> Any:
+    axis = op.attr("axis", 0)
+    count = op.attr("num_outputs", op.outputs)
+    if sizes is not None and not op.known(sizes):
+        promised = [op.shape(index) for index in range(op.outputs)]
+        if any(shape is None for shape in promised):
+            raise op.needs(1)
+        parts = [shape[axis] for shape in promised if shape is not None]
+    elif sizes is not None:
+        parts = op.ints(1, sizes)
+    elif op.attr("split") is not None:
+        parts = op.attr("split")
+    else:
+        # Equal parts; the last is smaller where the size does not divide.
+        whole = -(-x.shape[axis] // count)
+        parts = [min(whole, x.shape[axis] - whole * index) for index in range(count)]
+    return tuple(jnp.split(x, np.cumsum(parts)[:-1].tolist(), axis=axis))
+
+
+@handles("Slice")
+def slice_by_attributes(op: Op, x: Any) -> Any:
+    starts, ends = op.attr("starts"), op.attr("ends")
+    axes = op.attr("axes", list(range(len(starts))))
+    return _slice(x, starts, ends, axes, [1] * len(starts))
+
+
+@handles("Slice", since=10, constants=(1, 2, 3, 4))
+def slice_by_inputs(
+    op: Op, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None
+) -> Any:
+    if not all(op.known(value) for value in (starts, ends, axes, steps)):
+        return _slice_at_run_time(op, x, starts, axes, steps)
+    first, last = op.ints(1, starts), op.ints(2, ends)
+    along = list(range(len(first))) if axes is None else op.ints(3, axes)
+    by = [1] * len(first) if steps is None else op.ints(4, steps)
+    return _slice(x, first, last, along, by)
+
+
+def _slice(x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
+    where = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        size = x.shape[axis]
+        # A negative end below the array means "through the first", which Python writes None.
+        low = None if step < 0 and end < -size else end
+        where[axis] = slice(start, low, step)
+    if all(part.step in (None, 1) for part in where):
+        bounds = [part.indices(size) for part, size in zip(where, x.shape, strict=True)]
+        return lax.slice(jnp.asarray(x), [b[0] for b in bounds], [max(b[0], b[1]) for b in bounds])
+    return x[tuple(where)]
+
+
+def _slice_at_run_time(op: Op, x: Any, starts: Any, axes: Any, steps: Any) -> Any:
+    """Slice to a promised shape from a start that the program computes."""
+    promised = op.shape()
+    if promised is None:
+        raise op.needs(1)
+    count = starts.shape[0]
+    along = jnp.arange(count) if axes is None else jnp.asarray(axes) % x.ndim
+    by = jnp.ones((count,), "int64") if steps is None else jnp.asarray(steps)
+    for axis in range(x.ndim):
+        size = x.shape[axis]
+        given = along == axis
+        step = jnp.where(given, by, 0).sum() + jnp.where(given.any(), 0, 1)
+        start = jnp.where(given, starts, 0).sum()
+        start = jnp.where(start < 0, start + size, start)
+        start = jnp.clip(start, 0, jnp.where(step < 0, size - 1, size))
+        x = jnp.take(x, start + step * jnp.arange(promised[axis]), axis=axis, mode="clip")
+    return x
+
+
+@handles("ConstantOfShape", since=9, constants=(0,))
+def constant_of_shape(op: Op, target: Any) -> Any:
+    value = op.attr("value")
+    fill = np.zeros((), np.float32) if value is None else value.numpy().reshape(())
+    sizes: Any = op.ints(0, target) if op.known(target) else op.shape()
+    if sizes is None:
+        raise op.needs(0)
+    return jnp.full(sizes, fill)
+
+
+@handles("Range", since=11, constants=(0, 1, 2))
+def range_(op: Op, start: Any, limit: Any, delta: Any) -> Any:
+    if all(op.known(value) for value in (start, limit, delta)):
+        first, last, step = (np.asarray(v).reshape(()) for v in (start, limit, delta))
+        count = max(int(np.ceil((last - first) / step)), 0)
+    else:
+        promised = op.shape()
+        if promised is None:
+            raise op.needs(1)
+        (count,) = promised
+    dtype = start.dtype
+    start, delta = jnp.reshape(start, ()), jnp.reshape(delta, ())
+    return (start + jnp.arange(count).astype(dtype) * delta).astype(dtype)
+
+
+@handles("EyeLike", since=9)
+def eye_like(op: Op, x: Any) -> Any:
+    dtype = op.attr("dtype")
+    rows, columns = x.shape
+    return jnp.eye(rows, columns, op.attr("k", 0), dtype=numpy_dtype(dtype) if dtype else x.dtype)
+
+
+@handles("Trilu", since=14, constants=(1,))
+def trilu(op: Op, x: Any, k: Any = None) -> Any:
+    rows = jnp.arange(x.shape[-2])[:, None]
+    columns = jnp.arange(x.shape[-1])[None, :]
+    offset = 0 if k is None else jnp.reshape(k, ())
+    keep = columns - rows >= offset if op.attr("upper", 1) else columns - rows <= offset
+    return jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+
+@handles("DepthToSpace")
+def depth_to_space(op: Op, x: Any) -> Any:
+    n, c, h, w = x.shape
+    b = op.attr("blocksize")
+    if op.attr("mode", "DCR") == "DCR":
+        y = jnp.reshape(x, (n, b, b, c // (b * b), h, w)).transpose(0, 3, 4, 1, 5, 2)
+    else:
+        y = jnp.reshape(x, (n, c // (b * b), b, b, h, w)).transpose(0, 1, 4, 2, 5, 3)
+    return y.reshape(n, c // (b * b), h * b, w * b)
+
+
+@handles("SpaceToDepth")
+def space_to_depth(op: Op, x: Any) -> Any:
+    n, c, h, w = x.shape
+    b = op.attr("blocksize")
+    y = jnp.reshape(x, (n, c, h // b, b, w // b, b)).transpose(0, 3, 5, 1, 2, 4)
+    return y.reshape(n, c * b * b, h // b, w // b)
+
+
+@handles("Pad")
+def pad_by_attributes(op: Op, x: Any) -> Any:
+    pads = op.attr("pads", op.attr("paddings"))
+    value = np.asarray(op.attr("value", 0.0), x.dtype)
+    return _pad(x, pads, list(range(x.ndim)), op.attr("mode", "constant"), value)
+
+
+@handles("Pad", since=11, constants=(1, 3))
+def pad(op: Op, x: Any, pads: Any, value: Any = None, axes: Any = None) -> Any:
+    along = list(range(x.ndim)) if axes is None else op.ints(3, axes)
+    fill = np.zeros((), x.dtype) if value is None else jnp.reshape(value, ())
+    return _pad(x, op.ints(1, pads), along, op.attr("mode", "constant"), fill)
+
+
+_MODES = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
+
+
+def _pad(x: Any, pads: list[int], axes: list[int], mode: str, value: Any) -> Any:
+    widths = [(0, 0)] * x.ndim
+    for index, axis in enumerate(axes):
+        widths[axis] = (pads[index], pads[index + len(axes)])
+    if mode == "constant":
+        return lax.pad(jnp.asarray(x), jnp.asarray(value, x.dtype), [(*w, 0) for w in widths])
+    cut = [
+        slice(max(0, -a), size - max(0, -b)) for (a, b), size in zip(widths, x.shape, strict=True)
+    ]
+    x = jnp.asarray(x)[tuple(cut)]
+    return jnp.pad(x, [(max(0, a), max(0, b)) for a, b in widths], mode=_MODES[mode])

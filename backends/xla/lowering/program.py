@@ -1,0 +1,102 @@
+"""A whole model as a pure, traceable function: what the rest of the backend builds on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trivium.backends.xla.lowering.constants import weights_of
+from trivium.backends.xla.lowering.dtypes import numpy_dtype, precise
+from trivium.backends.xla.lowering.lazy import jnp
+from trivium.backends.xla.lowering.trace import Env, Frame, run_graph
+from trivium.compiler.errors import BadInput
+from trivium.compiler.model import signature
+from trivium.compiler.types import TensorInfo
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A model as a function.
+
+    Attributes:
+        function: ``(weights, inputs) -> outputs``, each a mapping by name. Pure and traceable:
+            jit it, differentiate it, export it. It switches 64-bit types on for itself; call
+            jit inside `precise` too, so that 64-bit arguments reach it whole. (jit sorts the keys
+            of a mapping: take outputs by name.)
+        weights: The constants that it takes as arguments, by name, unread.
+        inputs, outputs: The model's signature, initializers left out.
+    """
+
+    function: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    weights: Mapping[str, ir.TensorProtocol]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def read(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Read all weights into memory."""
+        return {name: tensor.numpy() for name, tensor in self.weights.items()}
+
+
+def lower(model: ir.Model) -> Lowered:
+    """Lower a model; nothing is read or traced yet.
+
+    Shapes need not be bound: they are taken from the arguments when the function is traced. Known
+    inputs (numpy arrays instead of jax ones, outside jit) are folded like constants.
+
+    Raises (when traced):
+        Unsupported: An operator without a road, or a shape that depends on data; one node of it.
+    """
+    tensors = weights_of(model)
+    named = _named(tensors)
+    inputs, outputs = signature(model)
+    arguments = [value for value in model.graph.inputs if value.name in {i.name for i in inputs}]
+    functions = dict(model.functions)
+
+    def function(weights: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        with precise():
+            env: Env = {value: weights[name] for name, value in named.items()}
+            for value in arguments:
+                env[value] = _argument(value, given)
+            frame = Frame(env, model.graph.opset_imports, functions)
+            results = run_graph(model.graph, frame)
+            names = [value.name or "" for value in model.graph.outputs]
+            return {name: _result(r) for name, r in zip(names, results, strict=True)}
+
+    weights = {name: tensors[value] for name, value in named.items()}
+    return Lowered(function, weights, inputs, outputs)
+
+
+def _named(tensors: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:
+    """Weights by name; those of subgraphs may share theirs, and get a number."""
+    named: dict[str, ir.Value] = {}
+    for value in tensors:
+        name, count = value.name or "weight", 1
+        while name in named:
+            name, count = f"{value.name}.{count}", count + 1
+        named[name] = value
+    return named
+
+
+def _argument(value: ir.Value, given: Mapping[str, Any]) -> Any:
+    name = value.name or ""
+    if name not in given:
+        raise BadInput(
+            f"the input {name!r} is missing", remedy=f"it was given: {', '.join(given) or 'none'}"
+        )
+    array = given[name]
+    if value.dtype is None or not hasattr(array, "dtype") or value.dtype == ir.DataType.STRING:
+        return array
+    declared = numpy_dtype(value.dtype)
+    return array if array.dtype == declared else array.astype(declared)
+
+
+def _result(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_result(item) for item in value]
+    if value is None or (isinstance(value, np.ndarray) and value.dtype == object):
+        return value
+    return jnp.asarray(value)

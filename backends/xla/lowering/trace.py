@@ -1,0 +1,245 @@
+"""Runs a graph node by node on values that are known (numpy) or traced (jax).
+
+This is the whole of the interpreter: look the operator up, fold it if all is known, otherwise
+call its handler, otherwise run its ONNX function body. Control flow handlers come back here
+through `Op.subgraph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trivium.backends.xla.lowering import registry
+from trivium.backends.xla.lowering.dtypes import numpy_dtype
+from trivium.backends.xla.lowering.fold import fold, is_known
+from trivium.backends.xla.lowering.functions import FunctionKey, body_of
+from trivium.compiler.errors import TriviumError, Unsupported
+
+Env = dict[ir.Value, Any]
+
+
+@dataclass
+class Frame:
+    """What is in scope while a graph or a function body runs.
+
+    Attributes:
+        env: Values by the name they have in the graph.
+        opsets: The operator sets that the enclosing model or function imports.
+        attributes: Attributes of the enclosing function call, for those that refer to them.
+        functions: The functions of the model.
+        promised: Shapes that the caller declared for outputs of a function body.
+    """
+
+    env: Env
+    opsets: Mapping[str, int]
+    functions: Mapping[FunctionKey, ir.Function]
+    attributes: Mapping[str, ir.Attr] = field(default_factory=dict)
+    promised: Mapping[ir.Value, tuple[int, ...]] = field(default_factory=dict)
+
+    def opset(self, domain: str) -> int:
+        """The version of a domain that is in force; its first if the model forgot to say."""
+        if domain in ("", "ai.onnx"):
+            return self.opsets.get("", self.opsets.get("ai.onnx", 1))
+        return self.opsets.get(domain, 1)
+
+
+class NeedsValue(Unsupported):
+    """An operand has to be known while tracing, and is not.
+
+    Attributes:
+        value: The operand, for those who can make it known.
+    """
+
+    def __init__(self, cause: str, *, about: str, value: ir.Value | None) -> None:
+        self.value = value
+        super().__init__(
+            cause,
+            about=about,
+            remedy="store it in the model as an initializer, or give the output a static shape",
+        )
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node as its handler sees it."""
+
+    node: ir.Node
+    version: int
+    frame: Frame
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """The value of an attribute, or ``default``; a reference to the function's is followed."""
+        found = self.node.attributes.get(name)
+        if found is not None and found.is_ref():
+            found = self.frame.attributes.get(found.ref_attr_name or "")
+        if found is None:
+            return default
+        return list(found.value) if isinstance(found.value, tuple) else found.value
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the node declares."""
+        return len(self.node.outputs)
+
+    def wants(self, index: int) -> bool:
+        """Whether an optional output is asked for."""
+        return index < len(self.node.outputs) and bool(self.node.outputs[index].name)
+
+    def shape(self, index: int = 0) -> tuple[int, ...] | None:
+        """The shape that the model promises for an output, if it is static."""
+        return promised_shape(self.node.outputs[index], self.frame)
+
+    def dtype(self, index: int = 0) -> np.dtype[Any] | None:
+        """The dtype that the model declares for an output."""
+        declared = self.node.outputs[index].dtype
+        return numpy_dtype(declared) if declared is not None else None
+
+    def known(self, value: Any) -> bool:
+        """Whether a value is known while tracing."""
+        return is_known(value)
+
+    def static(self, index: int, value: Any) -> np.ndarray[Any, Any]:
+        """Return an operand that must be known while tracing; raise ``NeedsValue`` if not."""
+        if isinstance(value, (np.ndarray, np.generic)):
+            return np.asarray(value)
+        raise self.needs(index)
+
+    def ints(self, index: int, value: Any) -> list[int]:
+        """A known operand as a list of Python integers."""
+        return [int(item) for item in self.static(index, value).reshape(-1)]
+
+    def needs(self, index: int) -> NeedsValue:
+        """The error for an operand that is not known."""
+        operand = self.node.inputs[index]
+        name = operand.name if operand is not None else f"#{index}"
+        return NeedsValue(
+            f"{self.node.op_type} takes a shape from the value of {name!r}, "
+            "which is not known before the program runs",
+            about=self.label,
+            value=operand,
+        )
+
+    def refuse(self, cause: str, *, remedy: str = "") -> Unsupported:
+        """The error for what the handler cannot lower."""
+        return Unsupported(f"{self.node.op_type} {cause}", about=self.label, remedy=remedy)
+
+    @property
+    def label(self) -> str:
+        """How to call the node in a message."""
+        return self.node.name or f"{self.node.op_type} -> {self.node.outputs[0].name}"
+
+    def subgraph(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        """Return the graph of an attribute as a function of its inputs; it sees outer values."""
+        graph: ir.Graph = self.attr(name)
+
+        def call(*inputs: Any) -> tuple[Any, ...]:
+            env = dict(self.frame.env)
+            env.update(zip(graph.inputs, inputs, strict=True))
+            frame = Frame(env, self.frame.opsets, self.frame.functions, self.frame.attributes)
+            return run_graph(graph, frame)
+
+        return call
+
+
+_KEEPS_SHAPE = frozenset(
+    {"Abs", "Neg", "Exp", "Log", "Sqrt", "Identity", "Cast", "CastLike", "Reciprocal", "Relu",
+     "Sigmoid", "Tanh", "Floor", "Ceil", "Not", "Sign", "Softmax", "LogSoftmax"}
+)  # fmt: skip
+
+
+def promised_shape(value: ir.Value, frame: Frame) -> tuple[int, ...] | None:
+    """The static shape that the model declares for a value, or for what is computed from it
+    element by element; None if there is none.
+    """
+    for _ in range(8):
+        if value in frame.promised:
+            return frame.promised[value]
+        if value.shape is not None and value.shape.is_static():
+            return tuple(value.shape.numpy())
+        readers = [node for node, index in value.uses() if index == 0]
+        same = [node for node in readers if node.op_type in _KEEPS_SHAPE and node.domain == ""]
+        if not same:
+            return None
+        value = same[0].outputs[0]
+    return None
+
+
+def run_graph(graph: ir.Graph | ir.Function, frame: Frame) -> tuple[Any, ...]:
+    """Run all nodes of a graph in order; return its outputs."""
+    for value in getattr(graph, "initializers", {}).values():
+        if value not in frame.env and value.const_value is not None:
+            frame.env[value] = value.const_value.numpy()
+    for node in graph:
+        if node.op_type == "Constant" and node.outputs[0] in frame.env:
+            continue
+        results = run_node(node, frame)
+        frame.env.update(zip(node.outputs, results, strict=False))
+    return tuple(frame.env[value] for value in graph.outputs)
+
+
+def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:
+    """Run one node; return a value for each output that it produced."""
+    inputs = [None if value is None else frame.env[value] for value in node.inputs]
+    opset = frame.opset(node.domain)
+    op = Op(node, opset, frame)
+    if inputs and not _refers(node):
+        folded = fold(node, inputs, opset)
+        if folded is not None:
+            return folded
+    key = (node.domain, node.op_type, node.overload)
+    try:
+        if key not in frame.functions:
+            entry = registry.find(node.domain, node.op_type, opset)
+            if entry is not None:
+                return as_tuple(entry.lower(op, *inputs))
+        return _run_function(op, inputs)
+    except (TriviumError, NotImplementedError):
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        error.add_note(f"while lowering {op.label} ({node.op_type})")
+        raise
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """A handler's result as a tuple: a list is one value, a sequence."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _refers(node: ir.Node) -> bool:
+    return any(attribute.is_ref() for attribute in node.attributes.values())
+
+
+def _run_function(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    node, frame = op.node, op.frame
+    body = body_of(node, op.version, inputs, frame.functions)
+    if body is None:
+        raise op.refuse("has neither a handler nor a function body")
+    attributes = {
+        name: attribute
+        for name, attribute in body.function.attributes.items()
+        if attribute.type != ir.AttributeType.UNDEFINED and attribute.value is not None
+    }
+    attributes.update(body.defaults)
+    for name in node.attributes:
+        value = op.node.attributes[name]
+        if value.is_ref():
+            outer = frame.attributes.get(value.ref_attr_name or "")
+            if outer is not None:
+                attributes[name] = outer
+        else:
+            attributes[name] = value
+    parameters = body.function.inputs
+    env: Env = dict.fromkeys(parameters)
+    env.update(zip(parameters, inputs, strict=False))
+    promised = {}
+    for inner, outer_value in zip(body.function.outputs, node.outputs, strict=False):
+        shape = promised_shape(outer_value, frame)
+        if shape is not None:
+            promised[inner] = shape
+    inside = Frame(env, body.opsets, frame.functions, attributes, promised)
+    return run_graph(body.function, inside)
