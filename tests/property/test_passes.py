@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.property import graphs
 from trivium.compiler import plugins, recipe
 from trivium.compiler.model import signature
+from trivium.compiler.types import TensorInfo
 from trivium.passes import PASSES
 
 TOLERANCE = {"exact": 1e-6, "numeric": 1e-4}
@@ -67,6 +68,7 @@ def test_normal_form_keeps_its_word(model: ir.Model) -> None:
     assert graphs.serialized(model) == after
 
 
-def _names_and_ranks(sides: object) -> object:
-    inputs, outputs = sides  # type: ignore[misc]  # the pair that `signature` returns
-    return [[(i.name, i.dtype, len(i.shape)) for i in side] for side in (inputs, outputs)]
+def _names_and_ranks(
+    sides: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]],
+) -> list[list[tuple[str, str, int]]]:
+    return [[(i.name, i.dtype, len(i.shape)) for i in side] for side in sides]
