@@ -238,7 +238,7 @@ def _job(
     if isinstance(calibration, (str, os.PathLike)):
         calibration = samples.read_npz(calibration, inputs)
     job = Job(path, found, chosen, steps, tuple(shape), calibration, max_error, seed, dict(options))
-    job.sha256 = models.content_hash(path)
+    job.sha256 = models.content_hash(path, model)
     job.key = _key(job)
     return job
 

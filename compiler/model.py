@@ -158,14 +158,19 @@ def tensor_info(value: ir.Value) -> TensorInfo:
     return TensorInfo(value.name or "", dtype, tuple(dims))
 
 
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a model: its file (or every file of its folder) and external data."""
+def content_hash(path: str | os.PathLike[str], model: ir.Model) -> str:
+    """Return the SHA-256 of a model: its file (or every file of its folder) and external data.
+
+    Args:
+        path: Where it was loaded from.
+        model: As `load` returned it, before any pass.
+    """
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
     else:
-        files = [path, *_external_files(path)]
+        files = [path, *_external_files(path, model)]
     for file in files:
         digest.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
@@ -174,12 +179,12 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _external_files(path: Path) -> list[Path]:
+def _external_files(path: Path, model: ir.Model) -> list[Path]:
     import onnx_ir as ir
 
     found = {
-        (path.parent / tensor.location)
-        for tensor in tensors(ir.load(path))
+        path.parent / tensor.location
+        for tensor in tensors(model)
         if isinstance(tensor, ir.ExternalTensor)
     }
     return sorted(found)
