@@ -138,6 +138,8 @@ class Estimate:
         bytes_peak: Memory at the worst moment, on one chip.
         resources: What it takes of the FPGA's fabric, by the names of ``Target.resources``.
         calibration: What the prediction was calibrated on, in words.
+        intervals: The 80% intervals of the other figures, by field name (``bytes_peak``,
+            ``joules``, ``dollars``).
     """
 
     seconds: float | None
@@ -152,6 +154,7 @@ class Estimate:
     by_op: tuple[OpCost, ...] = ()
     calibration: str = ""
     notes: tuple[str, ...] = ()
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""Work x target -> `Estimate`: the roofline that every backend's cost model starts from.
+
+For each kernel ``t = launch + max(compute, memory)``, with rates that are the data sheet's times
+the efficiency that a backend's `Profile` was calibrated to; the call adds a fixed overhead and, on
+several chips, the gathering of results. A figure that is unknown makes what depends on it ``None``,
+with the reason in ``notes``; nothing here raises for a model that it cannot predict.
+
+Every figure carries an 80% interval: for the latency from the spread of the calibration's
+residuals (log-normal), for energy and money from the latency's, for memory from no reuse overhead
+to twice the live activations (what allocators and workspaces add).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from trivium.compiler import model as models
+from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.kernels import Fused, Kernel, kernels_of, peak_activation_bytes
+from trivium.compiler.passing import is_op
+from trivium.compiler.shapes import open_dims
+from trivium.compiler.types import Bound, Estimate, OpCost, Target, Workload
+from trivium.compiler.work import resident_bytes
+
+Z80 = 1.2815515655446004
+"""Standard deviations from the median to either end of an 80% interval."""
+
+ELEMENTWISE = (
+    *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Sign", "Reciprocal", "Pow", "Sqrt"),
+    *("And", "Or", "Xor", "Not", "Where", "Cast", "CastLike", "Min", "Max", "Sum", "Mean"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Ceil", "Floor", "Round"),
+    *("Exp", "Log", "Erf", "Sin", "Cos", "Tanh", "Sigmoid", "Softplus", "Softsign", "Clip"),
+    *("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "HardSigmoid", "HardSwish", "Elu"),
+    *("Celu", "Selu", "Swish", "Gelu", "Mish", "QuantizeLinear", "BatchNormalization"),
+)
+"""Operators that every fusing compiler melts into the kernel before them."""
+
+
+def melts_elementwise(node: ir.Node) -> bool:
+    """Fused: elementwise operators melt, everything else is a kernel of its own."""
+    return is_op(node, *ELEMENTWISE)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of a data sheet an engine reaches, and how well that is known.
+
+    Attributes:
+        compute_efficiency: Sustained share of peak operations per second.
+        memory_efficiency: Sustained share of peak bytes per second.
+        spread: Standard deviation of log(measured / predicted) in the calibration.
+        calibration: What it was calibrated on, in words; shown with every prediction.
+        launch_s: Cost of one kernel where the target's own is not known.
+        call_s: Cost of one call besides its kernels.
+        fused: Which operators melt into the kernel before them.
+        arithmetic: For a dtype, those in which the engine may do its dense operations, best first;
+            by default the dtype itself.
+        notes: What a reader of any prediction should know.
+    """
+
+    compute_efficiency: float
+    memory_efficiency: float
+    spread: float
+    calibration: str
+    launch_s: float = 0.0
+    call_s: float = 0.0
+    fused: Fused = melts_elementwise
+    arithmetic: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profile) -> Estimate:
+    """Predict one call of a legalized model on a target."""
+    open_ = open_dims(models.signature(model)[0])
+    if open_:
+        note = f"not predicted: {', '.join(open_)} symbolic; bind with --shape"
+        return Estimate(None, calibration=profile.calibration, notes=(note,))
+    try:
+        kernels = kernels_of(model.graph, profile.fused)
+        activations = peak_activation_bytes(model.graph, profile.fused)
+    except (BadInput, Unsupported) as error:
+        return Estimate(
+            None,
+            bytes_peak=None,
+            calibration=profile.calibration,
+            notes=(f"not predicted: {error}",),
+        )
+    share, split_note = _share(model, target)
+    weights = resident_bytes(model)
+    outputs = sum(_bytes(value) for value in model.graph.outputs)
+    timed = _Timed.of(kernels, target, profile, share)
+    link, link_note = _gather_s(outputs, target, share)
+    notes = [*profile.notes, *timed.notes, *filter(None, (split_note, link_note))]
+    seconds = None
+    if timed.seconds is not None and link is not None:
+        seconds = profile.call_s + timed.seconds + link
+    return _finish(
+        target,
+        profile,
+        seconds,
+        timed,
+        link or 0.0,
+        weights,
+        activations * share,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _bytes(value: ir.Value) -> float:
+    from trivium.compiler.work import value_bytes
+
+    return value_bytes(value)
+
+
+def _share(model: ir.Model, target: Target) -> tuple[float, str]:
+    """Which part of the batch each chip takes; the whole of it when it cannot be split."""
+    if target.chips == 1:
+        return 1.0, ""
+    inputs, _ = models.signature(model)
+    batches = {info.shape[0] if info.shape else 1 for info in inputs}
+    batch = batches.pop() if len(batches) == 1 else 1
+    if isinstance(batch, int) and batch % target.chips == 0:
+        return 1.0 / target.chips, f"the batch of {batch} is split over {target.chips} chips"
+    return 1.0, f"a batch of {batch} cannot be split over {target.chips} chips: one of them works"
+
+
+def _gather_s(outputs: float, target: Target, share: float) -> tuple[float | None, str]:
+    """Bringing the outputs of all chips together over one chip's link."""
+    if share == 1.0:
+        return 0.0, ""
+    if target.link_bytes_per_s is None:
+        return None, f"no published link rate of {target.name}"
+    return outputs * (1.0 - share) / target.link_bytes_per_s, ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run of a kernel, by what they are spent on."""
+
+    launch: float
+    compute: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return self.launch + max(self.compute, self.memory)
+
+    @property
+    def bound(self) -> Bound:
+        if self.launch > max(self.compute, self.memory):
+            return "launch"
+        return "compute" if self.compute >= self.memory else "memory"
+
+
+def time_kernel(
+    kernel: Kernel, target: Target, profile: Profile, share: float = 1.0
+) -> tuple[Timing | None, str]:
+    """Time one run of a kernel; ``None`` and the reason where a figure is missing.
+
+    Args:
+        share: The part of the batch that this chip takes; weights are read whatever it is.
+    """
+    moved = kernel.weight_bytes + kernel.activation_bytes * share
+    operations = sum(kernel.dense.values()) + sum(kernel.vector.values())
+    if not moved and not operations:
+        return Timing(0.0, 0.0, 0.0), ""
+    note = ""
+    compute = 0.0
+    for dtype, count in kernel.dense.items():
+        rate = _rate(dtype, target, profile)
+        if rate is None:
+            return None, f"no published {dtype} rate of {target.name}"
+        compute += count * share / (rate * profile.compute_efficiency)
+    vector_rate = target.peak_ops.get("float32")
+    if vector_rate is not None:
+        compute += sum(kernel.vector.values()) * share / (vector_rate * profile.compute_efficiency)
+    elif kernel.vector:
+        note = "no published rate of the vector unit: elementwise work is timed by its bytes only"
+    if target.memory_bytes_per_s is None:
+        return None, f"no published memory bandwidth of {target.name}"
+    memory = moved / (target.memory_bytes_per_s * profile.memory_efficiency)
+    launch = target.launch_s if target.launch_s is not None else profile.launch_s
+    return Timing(launch, compute, memory), note
+
+
+def _rate(dtype: str, target: Target, profile: Profile) -> float | None:
+    for candidate in profile.arithmetic.get(dtype, (dtype,)):
+        if candidate in target.peak_ops:
+            return target.peak_ops[candidate]
+    return None
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """All kernels of a call, timed."""
+
+    seconds: float | None
+    by_op: tuple[OpCost, ...]
+    by_bound: Mapping[Bound, float]
+    busy: float
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, kernels: Iterable[Kernel], target: Target, profile: Profile, share: float
+    ) -> _Timed:
+        rows: list[OpCost] = []
+        by_bound: dict[Bound, float] = {}
+        notes: dict[str, None] = {}
+        total: float | None = 0.0
+        busy = 0.0
+        for kernel in kernels:
+            timing, note = time_kernel(kernel, target, profile, share)
+            if note:
+                notes[note] = None
+            if timing is None:
+                total = None
+                continue
+            if timing.seconds == 0.0:
+                continue
+            seconds = timing.seconds * kernel.times
+            total = total + seconds if total is not None else None
+            busy += max(timing.compute, timing.memory) * kernel.times
+            by_bound[timing.bound] = by_bound.get(timing.bound, 0.0) + seconds
+            op_type = "+".join(kernel.op_types)
+            rows.append(OpCost(kernel.name, op_type, seconds, kernel.work, timing.bound))
+        return cls(total, tuple(rows), by_bound, busy, tuple(notes))
+
+
+def _finish(
+    target: Target,
+    profile: Profile,
+    seconds: float | None,
+    timed: _Timed,
+    link: float,
+    weights: float,
+    activations: float,
+    notes: tuple[str, ...],
+) -> Estimate:
+    peak = weights + activations
+    intervals = {"bytes_peak": (peak, weights + 2 * activations)}
+    if seconds is None:
+        return Estimate(
+            None,
+            bytes_peak=peak,
+            by_op=timed.by_op,
+            calibration=profile.calibration,
+            notes=notes,
+            intervals=intervals,
+        )
+    lo, hi = interval(seconds, profile.spread)
+    by_bound = {**timed.by_bound, "link": link}
+    bound: Bound = max(by_bound, key=lambda key: by_bound[key]) if timed.by_op else "none"
+    joules, joules_interval, energy_note = energy(target, seconds, lo, hi, timed.busy / seconds)
+    dollars = price(target, seconds)
+    if joules_interval is not None:
+        intervals["joules"] = joules_interval
+    if dollars is not None:
+        intervals["dollars"] = (dollars * lo / seconds, dollars * hi / seconds)
+    price_note = "" if dollars is not None else f"no published price of {target.name}"
+    return Estimate(
+        seconds,
+        lo,
+        hi,
+        bytes_peak=peak,
+        joules=joules,
+        dollars=dollars,
+        bound=bound,
+        by_op=timed.by_op,
+        calibration=profile.calibration,
+        notes=(*notes, *filter(None, (energy_note, price_note))),
+        intervals=intervals,
+    )
+
+
+def interval(seconds: float, spread: float) -> tuple[float, float]:
+    """The 80% interval around a prediction whose log-residuals have the given deviation."""
+    factor = math.exp(Z80 * spread)
+    return seconds / factor, seconds * factor
+
+
+def energy(
+    target: Target, seconds: float, lo: float, hi: float, busy: float
+) -> tuple[float | None, tuple[float, float] | None, str]:
+    """Joules of one call on all chips: idle + busy share x (cap - idle).
+
+    Without an idle figure the cap is taken for the whole call, and the interval reaches down to
+    an idle power of nothing.
+
+    Args:
+        busy: The share of the call in which chips compute or move data.
+    """
+    if target.watts is None:
+        return None, None, f"no published power of {target.name}"
+    cap = target.watts * target.chips
+    if target.idle_watts is not None:
+        idle = target.idle_watts * target.chips
+        watts = idle + busy * (cap - idle)
+        return watts * seconds, (watts * lo, watts * hi), ""
+    note = "idle power unknown: energy is that of the power cap for the whole call"
+    return cap * seconds, (cap * busy * lo, cap * hi), note
+
+
+def price(target: Target, seconds: float) -> float | None:
+    """Dollars of one call on all chips at the listed price, kept busy."""
+    if target.usd_per_hour is None:
+        return None
+    return target.usd_per_hour * target.chips * seconds / 3600.0
+
+
+def does_not_fit(estimate: Estimate, target: Target) -> str | None:
+    """Why the model does not fit into a chip's memory or fabric, or ``None`` (also if unknown)."""
+    peak = estimate.bytes_peak
+    if peak is not None and target.memory_bytes is not None and peak > target.memory_bytes:
+        return (
+            f"needs {peak / 2**30:.2f} GiB of memory, "
+            f"a chip of {target.name} has {target.memory_bytes / 2**30:.2f}"
+        )
+    for name, used in estimate.resources.items():
+        available = target.resources.get(name)
+        if available is not None and used > available:
+            return f"needs {used:.0f} {name}, {target.name} has {available:.0f}"
+    return None
