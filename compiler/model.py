@@ -232,7 +232,7 @@ def save(
                 assert tensor is not None
                 stream.write(b"\0" * (-stream.tell() % _ALIGN))
                 offset = stream.tell()
-                _copy_tensor(tensor, stream)
+                copy_tensor(tensor, stream)
                 value.const_value = ir.ExternalTensor(
                     data.name,
                     offset,
@@ -260,7 +260,8 @@ def _inlined(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _copy_tensor(tensor: ir.TensorProtocol, stream: object) -> None:
+def copy_tensor(tensor: ir.TensorProtocol, stream: object) -> None:
+    """Write the bytes of a tensor to a binary file; one that lies in a file is copied in pieces."""
     import onnx_ir as ir
 
     if isinstance(tensor, ir.ExternalTensor):
