@@ -1,0 +1,156 @@
+"""The XLA backend: ONNX through JAX to a TPU slice or an NVIDIA GPU, ahead of time and without
+the device, or to this CPU.
+
+What it must know of a target is listed in `platforms`. Options of a build (``--option``):
+``partition=batch|replicated`` (how a slice is used; see `partition`) and ``deadline=SECONDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.backends.xla import platforms, process, weights
+from trivium.compiler import model as models
+from trivium.compiler import shapes
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import BuildRequest, Executable
+from trivium.compiler.errors import BadInput
+from trivium.compiler.types import Built, Estimate, Program, Target, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHTS = "weights.safetensors"
+_OPTIONS = ("partition", "deadline")
+
+
+class XlaBackend:
+    """XLA for TPU, NVIDIA GPU and CPU."""
+
+    name = "xla"
+
+    def available(self) -> str | None:
+        return platforms.missing()
+
+    def toolchain(self) -> dict[str, str]:
+        return platforms.versions()
+
+    def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
+        return ()
+
+    def refuses(self, node: ir.Node, target: Target) -> str | None:
+        from trivium.backends.xla.lowering import refusal
+
+        return refusal(node, _opset(node))
+
+    def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
+        return Estimate(None, notes=("the XLA cost model is not installed",))
+
+    def build(self, model: ir.Model, request: BuildRequest) -> Built:
+        target = request.target
+        device = platforms.device_of(target)
+        platforms.require(device.platform, target.name)
+        deadline = _check_options(request.options)
+        inputs, outputs = models.signature(model)
+        shapes.require_static(inputs, "XLA")
+        write_model(model, request.folder, "main.onnx")
+        job = {
+            "folder": str(request.folder.resolve()),
+            "models": {"main": "main.onnx"},
+            "device": asdict(device),
+            "memory_bytes": target.memory_bytes,
+            "partition": request.options.get("partition"),
+        }
+        result = process.run(job, platforms.environment(device), deadline)
+        return Built(
+            programs=tuple(
+                Program(name, f"{name}.stablehlo", inputs, outputs) for name in result["programs"]
+            ),
+            weights=WEIGHTS,
+            memory=_memory(result, device),
+            details={"xla": {**result, "device": asdict(device)}},
+            notes=tuple(
+                one["partition"]["note"]
+                for one in result["programs"].values()
+                if one["partition"]["note"]
+            ),
+        )
+
+    def load(self, artifact: Artifact) -> Executable:
+        from trivium.backends.xla.executable import XlaExecutable
+
+        platforms.require("cpu", str(artifact.path))
+        return XlaExecutable(artifact)
+
+
+def write_model(model: ir.Model, folder: Path, name: str) -> None:
+    """Write a legalized model and its weights, each weight once, into ``weights.safetensors``.
+
+    The ``.onnx`` file refers to the weights in place: ONNX's external data may lie anywhere in a
+    file, so also inside of a safetensors file.
+    """
+    import onnx_ir as ir
+
+    from trivium.backends.xla.lowering import lower
+
+    tensors = lower(model).weights
+    weights.write(tensors, folder / WEIGHTS)
+    stored = weights.read(folder / WEIGHTS)
+    place = {id(tensor): stored[name] for name, tensor in tensors.items()}
+    kept: dict[ir.Value, ir.TensorProtocol] = {}
+    try:
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if tensor is not None and id(tensor) in place:
+                    kept[value] = tensor
+                    value.const_value = place[id(tensor)]
+        ir.save(model, folder / name)
+    finally:
+        for value, tensor in kept.items():
+            value.const_value = tensor
+
+
+def _opset(node: ir.Node) -> int:
+    """The version of a node's domain; a subgraph does not know its model's, and normal form has
+    one only.
+    """
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    imports = node.graph.opset_imports if node.graph is not None else {}
+    return imports.get(domain, models.OPSET if domain == "" else 1)
+
+
+def _check_options(options: Mapping[str, str]) -> float:
+    """Refuse unknown options; return the deadline."""
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise BadInput(
+            f"the XLA backend has no option {unknown[0]!r}",
+            about="--option",
+            remedy=f"it has {', '.join(_OPTIONS)}",
+        )
+    given = options.get("deadline")
+    try:
+        deadline = float(given) if given is not None else process.DEADLINE_S
+    except ValueError:
+        deadline = 0.0
+    if not deadline > 0:
+        raise BadInput(f"{given!r} is no time", about="deadline", remedy="give seconds")
+    return deadline
+
+
+def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, float | None]:
+    """The worst program's memory, from the compiler's own analysis."""
+    programs = result["programs"].values()
+    each = max(sum(one["memory"].values()) for one in programs)
+    return {
+        "weights_bytes": max(one["weights_bytes"] for one in programs),
+        "per_device_bytes": each,
+        "peak_bytes": each * result["devices"] / device.chips,
+    }
+
+
+BACKEND = XlaBackend()

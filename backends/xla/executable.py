@@ -1,0 +1,134 @@
+"""Running an XLA artifact: on its own device where this machine has one, else on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.backends.xla import partition, weights
+from trivium.backends.xla.partition import Partition
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import Tensors
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.onnx_api import one_line
+from trivium.compiler.samples import conform
+from trivium.compiler.types import Program, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DEVICE_FILES = {"tpu": ("/dev/accel0", "/dev/vfio/0"), "cuda": ("/dev/nvidia0", "/dev/dxg")}
+_JAX_NAME = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}
+
+
+class XlaExecutable:
+    """The programs of an artifact, compiled for what is here, over one copy of the weights."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._details: Mapping[str, Any] = artifact.manifest["details"]["xla"]
+        platform = self._details["device"]["platform"]
+        devices = local_devices(platform)
+        here = devices[0].platform
+        wanted = self._details["devices"]
+        on_target = here == _JAX_NAME[platform] and len(devices) >= wanted
+        self._devices = devices[:wanted] if on_target else devices[:1]
+        kind = self._devices[0].device_kind
+        self.measures_target = on_target and kind == self._details["device_kind"]
+        name = "this CPU" if here == "cpu" else f"{len(self._devices)} x {kind}"
+        stands_in = "" if self.measures_target else f" in place of {artifact.manifest['target']}"
+        self.where = f"XLA (jax {artifact.backend.toolchain()['jax']}) on {name}{stands_in}"
+        stored = weights.read(artifact.path / artifact.manifest["weights"])
+        self._weights: dict[str, Any] = {}
+        self._programs = [
+            self._load(artifact.path, program, on_target) for program in artifact.programs
+        ]
+        self.inputs: Sequence[TensorInfo] = artifact.programs[0].inputs
+        self._place(stored)
+
+    def _load(self, folder: Path, program: Program, on_target: bool) -> Any:
+        import jax
+        import jax.export
+        import numpy as np
+        from jax.sharding import Mesh
+
+        from trivium.backends.xla.lowering import precise
+
+        try:
+            exported = jax.export.deserialize(bytearray((folder / program.file).read_bytes()))
+        except Exception as error:  # flatbuffers and jax raise many kinds for what is damaged
+            raise BadInput(
+                f"not a jax export that this jax can read ({one_line(error)})",
+                about=str(folder / program.file),
+                remedy="compile the model again",
+            ) from error
+        split = Partition.from_json(self._details["programs"][program.name]["partition"])
+        if not on_target:
+            split = Partition("single", 1)
+        mesh = Mesh(np.array(self._devices), (partition.AXIS,))
+        self._whole = partition.whole(mesh)
+        with precise():
+            return jax.jit(
+                exported.call,
+                in_shardings=(None, partition.shardings(split, mesh, program.inputs, "inputs")),
+            )
+
+    def _place(self, stored: Mapping[str, Any]) -> None:
+        import jax
+
+        from trivium.backends.xla.lowering import precise
+
+        with precise():
+            for name, tensor in stored.items():
+                self._weights[name] = jax.device_put(tensor.numpy(), self._whole)
+
+    def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+        import numpy as np
+
+        from trivium.backends.xla.lowering import precise
+
+        ready = {}
+        for info in self.inputs:
+            if info.name not in feeds:
+                raise BadInput(f"the input {info.name!r} is missing", about="run")
+            ready[info.name] = conform(feeds[info.name], info, about="run")
+        try:
+            with precise():
+                results = self._programs[0](self._weights, ready)
+                return {name: np.asarray(value) for name, value in results.items()}
+        except Exception as error:  # XLA raises one kind for everything, jax several more
+            raise BackendFailed(one_line(error), about="XLA") from error
+
+
+def local_devices(platform: str) -> list[Any]:
+    """Return this machine's devices of a platform if it has any, else its CPU.
+
+    jax asks every plug-in that is installed for its devices, and libtpu searches the network for
+    a TPU: on a machine without the device, neither is let to.
+    """
+    present = any(os.path.exists(file) for file in _DEVICE_FILES.get(platform, ()))
+    if not present and "jax" not in sys.modules:
+        _import_jax_for_cpu()
+    import jax
+
+    if present:
+        try:
+            return list(jax.devices(_JAX_NAME[platform]))
+        except RuntimeError:  # the device file is there, but no driver or plug-in for it
+            pass
+    return list(jax.devices("cpu"))
+
+
+def _import_jax_for_cpu() -> None:
+    """Import jax with only the CPU in view, and leave the environment as it was."""
+    previous = os.environ.get("JAX_PLATFORMS")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        import jax  # noqa: F401
+    finally:
+        if previous is None:
+            del os.environ["JAX_PLATFORMS"]
+        else:
+            os.environ["JAX_PLATFORMS"] = previous

@@ -1,0 +1,241 @@
+"""The process that compiles: ``python -m trivium.backends.xla.worker JOB.json RESULT.json``.
+
+A process of its own, because libtpu and the CUDA plug-in must be configured before jax is
+imported (the caller may have imported it long ago, for another device), because a crash inside
+of a compiler must not take the caller along, and so that time and memory can be bounded and
+measured. Job and result are JSON, everything else goes through files; nothing is pickled.
+
+For each program of the job it leaves in the artifact's folder
+
+- ``NAME.stablehlo``: the portable truth, a serialized ``jax.export`` for the device's platform
+  and the CPU, independent of the number of devices;
+- ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
+- ``NAME.cubin``: the machine code inside of it, on an NVIDIA GPU.
+
+What is compiled for the device is the export, not the model that it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trivium.backends.xla import hlo, partition, platforms
+from trivium.backends.xla.platforms import Device
+from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
+from trivium.compiler.types import TensorInfo
+
+Json = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the job, do it, write the result; the exit status is 0 if there is a result."""
+    job_path, result_path = map(Path, arguments)
+    job = json.loads(job_path.read_text(encoding="utf-8"))
+    try:
+        result = build(job)
+    except TriviumError as error:
+        result = {"error": _error_json(error)}
+    except Exception as error:  # jax raises many kinds; the caller gets one line of them
+        result = {"error": _error_json(_translated(error))}
+    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    partial = result_path.with_suffix(".partial")
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(partial, result_path)
+    return 0
+
+
+def _error_json(error: TriviumError) -> Json:
+    return {
+        "type": type(error).__name__,
+        "cause": error.cause,
+        "about": error.about,
+        "remedy": error.remedy,
+        "refusals": list(getattr(error, "refusals", ())),
+    }
+
+
+def _translated(error: Exception) -> TriviumError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    cause = f"{first} ({notes})" if notes else first
+    if "RESOURCE_EXHAUSTED" in first:
+        used = next((line for line in lines if "Used" in line and "of" in line), first)
+        return Unsupported(
+            f"the program does not fit into the device's memory: {used[:300]}",
+            remedy="use a larger slice, a smaller batch, or a recipe with smaller weights",
+        )
+    return BackendFailed(cause[:500], about="XLA")
+
+
+def build(job: Mapping[str, Any]) -> Json:
+    """Export and compile every program of a job; return what there is to say of each."""
+    started = time.perf_counter()
+    device = Device(**job["device"])
+    devices = compile_devices(device)
+    ready = time.perf_counter()
+    programs = {
+        name: build_program(name, Path(job["folder"]) / file, job, device, devices)
+        for name, file in job["models"].items()
+    }
+    return {
+        "programs": programs,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "start_seconds": round(ready - started, 3),
+    }
+
+
+def compile_devices(device: Device) -> list[Any]:
+    """Return jax's devices to compile for: a topology's, which exist on paper only, or the CPU."""
+    import jax
+    from jax.experimental import topologies
+
+    if device.platform == "cpu":
+        return jax.devices("cpu")[:1]
+    if device.platform == "tpu":
+        options = {"chip_config_name": device.chip_config} if device.chip_config else {}
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=device.topology, **options
+        )
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=platforms.gpu_description(device.gpu_target or ""),
+            topology=f"1x{device.chips}x1",
+        )
+    return list(topology.devices)
+
+
+def build_program(
+    name: str, model_path: Path, job: Mapping[str, Any], device: Device, devices: list[Any]
+) -> Json:
+    """Export one model, compile the export for the devices, and write both down."""
+    import onnx_ir as ir
+
+    from trivium.backends.xla.lowering import lower
+
+    started = time.perf_counter()
+    folder = model_path.parent
+    lowered = lower(ir.load(model_path))
+    exported = export(lowered, device)
+    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+    exported_at = time.perf_counter()
+
+    split = partition.choose(lowered.inputs, lowered.outputs, len(devices), job.get("partition"))
+    capacity = _capacity(job, len(devices))
+    weights_bytes = sum(tensor.nbytes for tensor in lowered.weights.values())
+    _require_fit({"weights": weights_bytes}, capacity, name)
+    compiled = compile_export(exported, lowered, split, devices)
+    compiled_at = time.perf_counter()
+
+    text = compiled.as_text()
+    (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
+    memory = _memory(compiled)
+    _require_fit(memory, capacity, name)
+    return {
+        "partition": split.to_json(),
+        "memory": memory,
+        "weights_bytes": weights_bytes,
+        "collectives": hlo.collectives(text),
+        "loops": hlo.has_loop(text),
+        "trace_seconds": round(exported_at - started, 3),
+        "compile_seconds": round(compiled_at - exported_at, 3),
+    }
+
+
+def export(lowered: Any, device: Device) -> Any:
+    """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU."""
+    import jax
+    import jax.export
+
+    from trivium.backends.xla.lowering import precise
+
+    names = [device.platform] if device.platform == "cpu" else [device.platform, "cpu"]
+    with precise():
+        function = jax.jit(lowered.function)
+        return jax.export.export(function, platforms=names)(*avals(lowered))
+
+
+def avals(lowered: Any) -> tuple[Json, Json]:
+    """Return the shapes and dtypes of a lowered model's weights and inputs."""
+    import jax
+
+    from trivium.compiler.samples import numpy_dtype
+
+    weights = {
+        name: jax.ShapeDtypeStruct(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
+        for name, tensor in lowered.weights.items()
+    }
+    inputs = {
+        info.name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype))
+        for info in lowered.inputs
+    }
+    return weights, inputs
+
+
+def compile_export(
+    exported: Any, lowered: Any, split: partition.Partition, devices: Sequence[Any]
+) -> Any:
+    """Compile an export for a mesh of devices, spread as the partition says."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from trivium.backends.xla.lowering import precise
+
+    mesh = Mesh(np.array(devices), (partition.AXIS,))
+    given: Sequence[TensorInfo] = lowered.inputs
+    made: Sequence[TensorInfo] = lowered.outputs
+    whole = partition.whole(mesh)
+    with precise():
+        program = jax.jit(
+            exported.call,
+            in_shardings=(
+                dict.fromkeys(lowered.weights, whole),
+                partition.shardings(split, mesh, given, "inputs"),
+            ),
+            out_shardings=partition.shardings(split, mesh, made, "outputs"),
+        )
+        return program.lower(*avals(lowered)).compile()
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """The compiler's own account of one device's memory, in bytes."""
+    stats = compiled.memory_analysis()
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+        "aliased": -stats.alias_size_in_bytes,
+    }
+
+
+def _capacity(job: Mapping[str, Any], devices: int) -> float | None:
+    """Bytes of one jax device: a chip's memory, shared by the devices that the chip shows as."""
+    chip = job.get("memory_bytes")
+    return None if chip is None else chip * job["device"]["chips"] / devices
+
+
+def _require_fit(parts: Mapping[str, int], capacity: float | None, name: str) -> None:
+    needed = sum(parts.values())
+    if capacity is None or needed <= capacity:
+        return
+    figures = ", ".join(f"{part} {size:,}" for part, size in parts.items() if size)
+    raise Unsupported(
+        f"the program {name!r} needs {needed:,} bytes on each device ({figures}), "
+        f"and a device has {capacity:,.0f}",
+        remedy="use a larger device, a smaller batch, or a recipe with smaller weights",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
