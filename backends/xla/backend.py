@@ -2,7 +2,9 @@
 the device, or to this CPU.
 
 What it must know of a target is listed in `platforms`. Options of a build (``--option``):
-``partition=batch|replicated`` (how a slice is used; see `partition`) and ``deadline=SECONDS``.
+``partition=batch|replicated`` (how a slice is used; see `partition`), ``precision=highest|high|
+default`` (of float32 products, which a TPU would otherwise round to bfloat16 and a GPU to TF32,
+and no run on a CPU would show it) and ``deadline=SECONDS``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 WEIGHTS = "weights.safetensors"
-_OPTIONS = ("partition", "deadline")
+_OPTIONS = ("partition", "precision", "deadline")
+_PRECISIONS = ("highest", "high", "default")
 
 
 class XlaBackend:
@@ -54,6 +57,7 @@ class XlaBackend:
         device = platforms.device_of(target)
         platforms.require(device.platform, target.name)
         deadline = _check_options(request.options)
+        precision = request.options.get("precision", _PRECISIONS[0])
         inputs, outputs = models.signature(model)
         shapes.require_static(inputs, "XLA")
         write_model(model, request.folder, "main.onnx")
@@ -63,6 +67,7 @@ class XlaBackend:
             "device": asdict(device),
             "memory_bytes": target.memory_bytes,
             "partition": request.options.get("partition"),
+            "precision": precision,
         }
         result = process.run(job, platforms.environment(device), deadline)
         return Built(
@@ -72,11 +77,7 @@ class XlaBackend:
             weights=WEIGHTS,
             memory=_memory(result, device),
             details={"xla": {**result, "device": asdict(device)}},
-            notes=tuple(
-                one["partition"]["note"]
-                for one in result["programs"].values()
-                if one["partition"]["note"]
-            ),
+            notes=_notes(result, device, precision),
         )
 
     def load(self, artifact: Artifact) -> Executable:
@@ -132,6 +133,11 @@ def _check_options(options: Mapping[str, str]) -> float:
             about="--option",
             remedy=f"it has {', '.join(_OPTIONS)}",
         )
+    precision = options.get("precision")
+    if precision is not None and precision not in _PRECISIONS:
+        raise BadInput(
+            f"{precision!r} is no precision", about="precision", remedy=", ".join(_PRECISIONS)
+        )
     given = options.get("deadline")
     try:
         deadline = float(given) if given is not None else process.DEADLINE_S
@@ -152,5 +158,18 @@ def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, fl
         "peak_bytes": each * result["devices"] / device.chips,
     }
 
+
+def _notes(result: Mapping[str, Any], device: platforms.Device, precision: str) -> tuple[str, ...]:
+    """What a reader of the manifest should know: how a slice is used, what a CPU cannot show."""
+    notes = [one["partition"]["note"] for one in result["programs"].values()]
+    if precision != _PRECISIONS[0] and device.platform in _ROUNDS_TO:
+        notes.append(
+            f"with precision={precision} the device may round the factors of float32 products to "
+            f"{_ROUNDS_TO[device.platform]}; a run on the CPU does not"
+        )
+    return tuple(dict.fromkeys(note for note in notes if note))
+
+
+_ROUNDS_TO = {"tpu": "bfloat16", "cuda": "TF32"}
 
 BACKEND = XlaBackend()

@@ -98,22 +98,22 @@ def _along(infos: Sequence[TensorInfo], batch: int | str | None) -> dict[str, in
 
 def shardings(partition: Partition, mesh: Any, infos: Sequence[TensorInfo], side: str) -> Any:
     """Return jax's sharding of each tensor of one side (``inputs`` or ``outputs``), by name."""
-    from jax.sharding import NamedSharding, PartitionSpec
-
     spread: Mapping[str, int] = getattr(partition, side)
     return {
-        info.name: NamedSharding(
-            mesh,
-            PartitionSpec(*[None] * spread[info.name], AXIS)
-            if info.name in spread
-            else PartitionSpec(),
-        )
+        info.name: _sharding(mesh, *[None] * spread[info.name], AXIS)
+        if info.name in spread
+        else whole(mesh)
         for info in infos
     }
 
 
 def whole(mesh: Any) -> Any:
     """Return the sharding of what every device holds whole."""
-    from jax.sharding import NamedSharding, PartitionSpec
+    return _sharding(mesh)
 
-    return NamedSharding(mesh, PartitionSpec())
+
+def _sharding(mesh: Any, *axes: str | None) -> Any:
+    from jax import sharding
+
+    spec: Any = sharding.PartitionSpec
+    return sharding.NamedSharding(mesh, spec(*axes))

@@ -10,7 +10,8 @@ Everything is read off a `Target`; nothing in this module imports jax. These key
 - ``topology``: a whole libtpu topology name (``v5e:2x2``), instead of ``generation``.
 - ``accelerator_type``: libtpu's ``TPU_ACCELERATOR_TYPE``; by default made from the generation and
   ``Target.chips``.
-- ``gpu_target``: which description in ``gpu_targets/`` is the GPU (``h100_sxm``).
+- ``gpu_target``: which description in ``gpu_targets/`` is the GPU (``h100_sxm``); by default the
+  target's own name, without the vendor.
 """
 
 from __future__ import annotations
@@ -133,11 +134,12 @@ def _chips(shape: str, about: str) -> int:
 
 
 def _gpu(target: Target) -> Device:
-    name = target.options.get("gpu_target")
+    own_name = target.name.removeprefix("nvidia-").replace("-", "_")
+    name = target.options.get("gpu_target", own_name)
     known = gpu_targets()
     if name not in known:
         raise Unsupported(
-            "XLA has no description of this GPU" if name is None else f"no description {name!r}",
+            f"XLA has no description {name!r} of a GPU to compile for it without one",
             about=target.name,
             remedy=f"described are {', '.join(known)}",
         )
@@ -176,6 +178,7 @@ def environment(device: Device) -> dict[str, str]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_STDERR_LOG_LEVEL": "3",
             "TPU_MIN_LOG_LEVEL": "3",
+            "TPU_LOG_DIR": "disabled",
         }
     if device.platform == "cuda":
         variables["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"

@@ -103,7 +103,7 @@ def compile_devices(device: Device) -> list[Any]:
     if device.platform == "tpu":
         options = {"chip_config_name": device.chip_config} if device.chip_config else {}
         topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=device.topology, **options
+            platform="tpu", topology_name=device.topology or "", **options
         )
     else:
         topology = topologies.get_topology_desc(
@@ -125,7 +125,7 @@ def build_program(
     started = time.perf_counter()
     folder = model_path.parent
     lowered = lower(ir.load(model_path))
-    exported = export(lowered, device)
+    exported = export(lowered, device, job["precision"])
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     exported_at = time.perf_counter()
 
@@ -151,15 +151,20 @@ def build_program(
     }
 
 
-def export(lowered: Any, device: Device) -> Any:
-    """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU."""
+def export(lowered: Any, device: Device, precision: str) -> Any:
+    """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU.
+
+    Args:
+        precision: Of float32 products: ``highest`` computes them in float32; ``default`` lets a
+            TPU round the factors to bfloat16 and a GPU to TF32; ``high`` is between.
+    """
     import jax
     import jax.export
 
     from trivium.backends.xla.lowering import precise
 
     names = [device.platform] if device.platform == "cpu" else [device.platform, "cpu"]
-    with precise():
+    with precise(), jax.default_matmul_precision(precision):
         function = jax.jit(lowered.function)
         return jax.export.export(function, platforms=names)(*avals(lowered))
 
@@ -170,14 +175,12 @@ def avals(lowered: Any) -> tuple[Json, Json]:
 
     from trivium.compiler.samples import numpy_dtype
 
+    aval: Any = jax.ShapeDtypeStruct
     weights = {
-        name: jax.ShapeDtypeStruct(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
+        name: aval(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
         for name, tensor in lowered.weights.items()
     }
-    inputs = {
-        info.name: jax.ShapeDtypeStruct(info.shape, numpy_dtype(info.dtype))
-        for info in lowered.inputs
-    }
+    inputs = {info.name: aval(info.shape, numpy_dtype(info.dtype)) for info in lowered.inputs}
     return weights, inputs
 
 
