@@ -251,7 +251,9 @@ def branch(b: Builder, x: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Value, t
             [], outer.outputs, nodes=[inner, scale, outer], opset_imports={"": OPSET}, name=name
         )
         bodies[name] = body
-    return b.op("If", condition, outputs=1, **bodies), shape
+    node = ir.node("If", [condition], bodies)
+    b.graph.append(node)
+    return node.outputs[0], shape
 
 
 INPUT_SHAPES = [(2, 3), (2, 2, 4), (2, 1, 4, 4), (2, 2, 3, 3)]

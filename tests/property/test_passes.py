@@ -68,7 +68,5 @@ def test_normal_form_keeps_its_word(model: ir.Model) -> None:
     assert graphs.serialized(model) == after
 
 
-def _names_and_ranks(
-    sides: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]],
-) -> list[list[tuple[str, str, int]]]:
-    return [[(i.name, i.dtype, len(i.shape)) for i in side] for side in sides]
+def _names_and_ranks(sides: tuple[tuple[TensorInfo, ...], ...]) -> list[list[tuple[str, str, int]]]:
+    return [[(info.name, info.dtype, len(info.shape)) for info in side] for side in sides]
