@@ -17,6 +17,7 @@ PASSES: dict[str, str] = {
     "lift-constants": "trivium.passes.lift_constants:LiftConstants",
     "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
+    "remove-no-ops": "trivium.passes.remove_no_ops:RemoveNoOps",
     "simplify": "trivium.passes.simplify:Simplify",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",

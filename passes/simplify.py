@@ -14,6 +14,7 @@ from trivium.passes.infer_shapes import InferShapes
 from trivium.passes.lift_constants import LiftConstants
 from trivium.passes.remove_dead_code import RemoveDeadCode
 from trivium.passes.remove_identities import RemoveIdentities
+from trivium.passes.remove_no_ops import RemoveNoOps
 from trivium.passes.share_duplicates import ShareDuplicates
 
 ROUNDS = (
@@ -23,6 +24,7 @@ ROUNDS = (
     FoldConstants(),
     LiftConstants(),
     RemoveIdentities(),
+    RemoveNoOps(),
     RemoveDeadCode(),
     ShareDuplicates(),
 )
@@ -30,7 +32,7 @@ ROUNDS = (
 
 @dataclass(frozen=True)
 class Simplify(Pass):
-    """Lift and fold constants, drop identities and dead code, share duplicates, infer shapes.
+    """Lift and fold constants, drop no-ops and dead code, share duplicates, infer shapes.
 
     A shape found lets arithmetic on shapes fold, which lets a Reshape's shape be found, and so on:
     the passes go round until a round changes nothing.
