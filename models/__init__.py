@@ -8,4 +8,9 @@ from __future__ import annotations
 
 BUILDERS: dict[str, str] = {
     "bert": "trivium.models.bert:build",
+    "gpt2": "trivium.models.gpt2:build",
+    "llama": "trivium.models.llama:build_llama",
+    "mistral": "trivium.models.llama:build_mistral",
+    "qwen2": "trivium.models.llama:build_qwen2",
+    "qwen3": "trivium.models.llama:build_qwen3",
 }

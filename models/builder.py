@@ -50,6 +50,15 @@ class Builder:
         finally:
             self._scope.pop()
 
+    @contextmanager
+    def absolute_scope(self, name: str) -> Iterator[None]:
+        """Name what is made inside the block ``<name>...``: for what several scopes share."""
+        outer, self._scope = self._scope, [name]
+        try:
+            yield
+        finally:
+            self._scope = outer
+
     def path(self, name: str) -> str:
         """The full name of something in the current scope."""
         return ".".join([*self._scope, name])
@@ -128,10 +137,18 @@ class Builder:
         return self.store(self.checkpoint.tensor(name, shape, transpose=transpose))
 
     def linear(
-        self, x: ir.Value, name: str, inputs: int, outputs: int, *, bias: bool = True
+        self,
+        x: ir.Value,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = True,
+        transpose: bool = True,
     ) -> ir.Value:
-        """``x @ weight.T + bias`` with the weight stored as [outputs, inputs]."""
-        y = self.op("MatMul", x, self.weight(f"{name}.weight", inputs, outputs, transpose=True))
+        """``x @ weight + bias``, the weight stored as [outputs, inputs] unless not to transpose."""
+        weight = self.weight(f"{name}.weight", inputs, outputs, transpose=transpose)
+        y = self.op("MatMul", x, weight)
         return self.op("Add", y, self.weight(f"{name}.bias", outputs)) if bias else y
 
     def layer_norm(self, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from trivium.compiler import model as models
 from trivium.compiler import reference
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -49,3 +50,15 @@ def run(model: ir.Model, feed: Arrays) -> dict[str, np.ndarray[Any, Any]]:
     result = reference.run_model(model, [feed])
     assert result.engine.startswith("onnxruntime")
     return dict(result.outputs[0])
+
+
+def assert_normal_form(model: ir.Model, folder: Path) -> None:
+    """Hold a built model to what every loaded one is held to, and its values to being known."""
+    models.save(model, folder / "built.onnx")
+    models.load(folder / "built.onnx")
+    assert model.graph.opset_imports[""] == models.OPSET
+    for node in model.graph:
+        for value in node.outputs:
+            assert value.dtype is not None
+            assert value.shape is not None
+            assert "unk" not in str(value.shape), f"{value.name} lost its symbolic dimensions"
