@@ -168,7 +168,7 @@ def content_hash(path: str | os.PathLike[str], model: ir.Model) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors"))
     else:
         files = [path, *_external_files(path, model)]
     for file in files:

@@ -27,12 +27,19 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
 
     graph = model.graph
     taken: dict[ir.Value, ir.TensorProtocol] = {}
+    small: dict[ir.Value, ir.TensorProtocol] = {}
     given = len(graph.inputs)
     known = set(graph.inputs)
     try:
         for value in list(graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= _SMALL:
+            if tensor is None:
+                continue
+            if tensor.nbytes <= _SMALL:
+                if isinstance(tensor, ir.ExternalTensor):
+                    # onnx would look for its file in the working directory.
+                    small[value] = tensor
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name)
                 continue
             taken[value] = tensor
             value.shape = value.shape or ir.Shape(tensor.shape.numpy())
@@ -45,6 +52,8 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
     finally:
         # Assigned, not deleted: deleting a slice leaves the values marked as inputs.
         graph.inputs[given:] = []
+        for value, tensor in small.items():
+            value.const_value = tensor
         for value, tensor in taken.items():
             value.const_value = tensor
             graph.register_initializer(value)

@@ -185,3 +185,19 @@ def test_unknown_option_is_refused_by_name(minilm: Path, tmp_path: Path) -> None
         with pytest.raises(kind, match=message) as caught:
             models.load(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_how_it_pools_is_part_of_its_hash(minilm: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    files = ("config.json", "modules.json", "1_Pooling")
+    for name in files:
+        source = minilm / name
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy(source, tmp_path / name)
+    before = models.content_hash(tmp_path)
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    options = json.loads(pooling.read_text())
+    pooling.write_text(json.dumps(options | {"pooling_mode_cls_token": True}))
+    assert models.content_hash(tmp_path) != before
