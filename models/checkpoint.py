@@ -82,6 +82,12 @@ class Config:
             raise BadInput(f"lacks {key}", about=self.about, remedy=f"give {_kind(kind)}")
         return self.get(key, kind(1))
 
+    def optional(self, key: str, default: float | None) -> float | None:
+        """Return a number that ``null`` turns off; ``default`` is for an absent key only."""
+        if self.has(key):
+            return self.need(key, float)
+        return None if key in self.values else default
+
     def size(self, key: str, default: int | None = None) -> int:
         """Return an option that counts something: at least 1.
 

@@ -63,6 +63,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (Mixtral): ``per_token`` of ``count`` feed-forwards mix for each token.
+
+    Names are relative to the layer; the experts are numbered below ``names``.
+    """
+
+    count: int
+    per_token: int
+    router: str = "block_sparse_moe.gate"
+    names: str = "block_sparse_moe.experts"
+    gate: str = "w1"
+    up: str = "w3"
+    down: str = "w2"
+
+
+@dataclass(frozen=True)
 class Decoder:
     """A decoder-only architecture.
 
@@ -97,6 +113,7 @@ class Decoder:
     softcap: float | None = None
     logits_softcap: float | None = None
     embedding_scale: float | None = None
+    experts: Experts | None = None
 
 
 def build(spec: Decoder, checkpoint: Checkpoint) -> ir.Model:
@@ -122,6 +139,7 @@ class _Build:
         self.mask = builder.input("attention_mask", ir.DataType.INT64, ("batch", "seq"))
         self.positions = self._positions()
         self._allowed: dict[int | None, ir.Value] = {}
+        self._long_rows: dict[Rope, ir.Value] = {}
 
     def model(self) -> ir.Model:
         b, spec, names = self.b, self.spec, self.names
@@ -241,10 +259,23 @@ class _Build:
             x,
             cos,
             sin,
-            self.positions,
+            self._rows(rope),
             num_heads=heads,
             rotary_embedding_dim=partial,
         )
+
+    def _rows(self, rope: Rope) -> ir.Value:
+        """The rows of the rotary tables: positions, or for a long sequence those after them."""
+        if rope.long_frequencies is None:
+            return self.positions
+        if rope not in self._long_rows:
+            b = self.b
+            with b.absolute_scope("positions"):
+                last = b.op("ReduceMax", self.positions, keepdims=0)
+                long = b.op("GreaterOrEqual", last, b.constant(rope.trained))
+                skip = b.op("Where", long, b.constant(rope.trained), b.constant(0))
+                self._long_rows[rope] = b.op("Add", self.positions, skip)
+        return self._long_rows[rope]
 
     def _allow(self, window: int | None) -> ir.Value:
         """Which keys a query may see, besides being causal: bool [batch, 1, seq, seq].
@@ -273,20 +304,55 @@ class _Build:
         return allowed
 
     def _feed(self, x: ir.Value, prefix: str) -> ir.Value:
-        b, spec, names = self.b, self.spec, self.names
-        size, wide, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        names = self.names
+        if self.spec.experts is not None:
+            return self._mix_experts(x, prefix, self.spec.experts)
         if names.gate_up is not None:
-            packed = self._linear(x, f"{prefix}.{names.gate_up}", size, 2 * wide, bias)
-            gate, up = b.ops("Split", 2, packed, axis=-1, num_outputs=2)
-            y = b.op("Mul", b.activation(gate, spec.activation), up)
-        elif names.gate is not None:
-            gate = self._linear(x, f"{prefix}.{names.gate}", size, wide, bias)
-            up = self._linear(x, f"{prefix}.{names.up}", size, wide, bias)
-            y = b.op("Mul", b.activation(gate, spec.activation), up)
+            return self._feed_packed(x, prefix, names.gate_up)
+        gate = f"{prefix}.{names.gate}" if names.gate is not None else None
+        return self._feed_through(x, gate, f"{prefix}.{names.up}", f"{prefix}.{names.down}")
+
+    def _feed_through(self, x: ir.Value, gate: str | None, up: str, down: str) -> ir.Value:
+        b, spec = self.b, self.spec
+        size, wide, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        y = self._linear(x, up, size, wide, bias)
+        if gate is None:
+            y = b.activation(y, spec.activation)
         else:
-            up = self._linear(x, f"{prefix}.{names.up}", size, wide, bias)
-            y = b.activation(up, spec.activation)
-        return self._linear(y, f"{prefix}.{names.down}", wide, size, bias)
+            opened = b.activation(self._linear(x, gate, size, wide, bias), spec.activation)
+            y = b.op("Mul", opened, y)
+        return self._linear(y, down, wide, size, bias)
+
+    def _feed_packed(self, x: ir.Value, prefix: str, gate_up: str) -> ir.Value:
+        b, spec = self.b, self.spec
+        size, wide, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        packed = self._linear(x, f"{prefix}.{gate_up}", size, 2 * wide, bias)
+        gate, up = b.ops("Split", 2, packed, axis=-1, num_outputs=2)
+        y = b.op("Mul", b.activation(gate, spec.activation), up)
+        return self._linear(y, f"{prefix}.{self.names.down}", wide, size, bias)
+
+    def _mix_experts(self, x: ir.Value, prefix: str, experts: Experts) -> ir.Value:
+        """Every expert on every token, weighted by the router: zero for those not chosen.
+
+        ONNX has no operator that runs an expert only where it is needed; this is its meaning.
+        """
+        b, router = self.b, f"{prefix}.{experts.router}"
+        chances = self._linear(x, router, self.spec.hidden_size, experts.count, False)
+        chances = b.op("Softmax", chances, axis=-1)
+        best, which = b.ops("TopK", 2, chances, b.constant([experts.per_token]), axis=-1)
+        shares = b.op("Div", best, b.op("ReduceSum", best, b.constant([-1]), keepdims=1))
+        none = b.op("Expand", b.constant(0, np.float32), b.op("Shape", chances))
+        weights = b.op("ScatterElements", none, which, shares, axis=-1)
+        parts = b.ops("Split", experts.count, weights, axis=-1, num_outputs=experts.count)
+        total: ir.Value | None = None
+        for index, weight in enumerate(parts):
+            name = f"{prefix}.{experts.names}.{index}"
+            gate, up, down = (f"{name}.{n}" for n in (experts.gate, experts.up, experts.down))
+            with b.scope(f"expert.{index}"):
+                y = b.op("Mul", self._feed_through(x, gate, up, down), weight)
+                total = y if total is None else b.op("Add", total, y)
+        assert total is not None
+        return total
 
     def _project(self, x: ir.Value) -> ir.Value:
         b, spec = self.b, self.spec

@@ -71,11 +71,20 @@ def build_qwen3(folder: Path) -> ir.Model:
     return decoder.build(spec, checkpoint)
 
 
-def common(config: Config, name: str, *, head_dim: int | None = None) -> Decoder:
+def common(
+    config: Config,
+    name: str,
+    *,
+    head_dim: int | None = None,
+    epsilon: float = 1e-6,
+    theta: float = 10_000.0,
+) -> Decoder:
     """Read what config.json says in the same words for all of the family.
 
     Args:
         head_dim: Where it is absent; None for hidden_size / num_attention_heads.
+        epsilon: rms_norm_eps where it is absent.
+        theta: rope_theta where it is absent.
     """
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     if head_dim is None:
@@ -94,23 +103,28 @@ def common(config: Config, name: str, *, head_dim: int | None = None) -> Decoder
         heads=heads,
         kv_heads=config.size("num_key_value_heads", heads),
         head_dim=head_dim,
-        layers=(Layer(read_rope(config, head_dim)),) * config.size("num_hidden_layers"),
+        layers=(Layer(read_rope(config, head_dim, theta=theta)),)
+        * config.size("num_hidden_layers"),
         activation=config.choose("hidden_act", "silu", ACTIVATIONS),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=config.get("rms_norm_eps", epsilon),
         tied=config.get("tie_word_embeddings", False),
     )
 
 
-def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0) -> rope.Rope:
+def read_rope(config: Config, head_dim: int, *, theta: float = 10_000.0) -> rope.Rope:
     """Read rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
     options = config.table("rope_parameters")
     older = config.table("rope_scaling")
+    positions = config.size("max_position_embeddings", 2048)
+    beside = config.has("original_max_position_embeddings")
+    trained = config.size("original_max_position_embeddings") if beside else None
     return rope.read(
         options if options is not None else older,
         head_dim=head_dim,
         theta=config.get("rope_theta", theta),
-        max_positions=config.size("max_position_embeddings", 2048),
+        positions=positions,
         fraction=config.get("partial_rotary_factor", 1.0),
+        trained=trained,
     )
 
 

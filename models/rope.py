@@ -19,11 +19,6 @@ import onnx_ir as ir
 from trivium.compiler.errors import BadInput
 from trivium.models.checkpoint import Config
 
-Rule = Callable[[Config, "Geometry"], "tuple[np.ndarray[Any, Any], float]"]
-
-SCALINGS: dict[str, Rule] = {}
-"""rope_type -> rule for the inverse frequencies and the factor on cosines and sines."""
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -32,12 +27,38 @@ class Geometry:
     Attributes:
         dim: Leading elements of a head that are rotated.
         theta: Base of the geometric series of wavelengths.
-        max_positions: max_position_embeddings.
+        positions: max_position_embeddings.
+        trained: original_max_position_embeddings.
     """
 
     dim: int
     theta: float
-    max_positions: int
+    positions: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What a scaling rule makes of the options.
+
+    Attributes:
+        frequencies: Radians a position, dim / 2 of them.
+        factor: On cosines and sines.
+        long_frequencies: Instead, for sequences longer than the model was trained on.
+    """
+
+    frequencies: np.ndarray[Any, Any]
+    factor: float = 1.0
+    long_frequencies: np.ndarray[Any, Any] | None = None
+
+
+Rule = Callable[[Config, Geometry], Scaled]
+
+SCALINGS: dict[str, Rule] = {}
+"""rope_type -> rule."""
+
+RENAMED = {"su": "longrope"}
+"""What a rope_type was called before."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +67,25 @@ class Rope:
 
     Attributes:
         dim: Leading elements of each head that are rotated; the others pass.
-        positions: Rows of the tables; no sequence may be longer.
+        positions: No sequence may be longer.
         frequencies: Radians a position, dim / 2 of them.
         factor: On cosines and sines (yarn, longrope).
+        long_frequencies: For sequences longer than ``trained`` (longrope). Their rows follow the
+            first ``trained`` rows of the tables.
+        trained: Where the long frequencies take over.
     """
 
     dim: int
     positions: int
     frequencies: tuple[float, ...]
     factor: float = 1.0
+    long_frequencies: tuple[float, ...] | None = None
+    trained: int = 0
 
     def tables(self, name: str) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
-        """Return cosines and sines [positions, dim / 2] as tensors computed when they are read."""
-        shape = ir.Shape([self.positions, self.dim // 2])
+        """Return cosines and sines [rows, dim / 2] as tensors computed when they are read."""
+        rows = self.positions + (self.trained if self.long_frequencies else 0)
+        shape = ir.Shape([rows, self.dim // 2])
 
         def lazy(which: str, function: Callable[[Any], Any]) -> ir.LazyTensor:
             def compute() -> ir.TensorProtocol:
@@ -70,8 +97,13 @@ class Rope:
         return lazy("cos", np.cos), lazy("sin", np.sin)
 
     def _angles(self) -> np.ndarray[Any, Any]:
-        positions = np.arange(self.positions, dtype=np.float32)
-        return np.outer(positions, np.array(self.frequencies, np.float32))
+        places = np.arange(self.positions, dtype=np.float32)
+        if self.long_frequencies is None:
+            return np.outer(places, np.array(self.frequencies, np.float32))
+        short = np.outer(places[: self.trained], np.array(self.frequencies, np.float32))
+        return np.concatenate(
+            [short, np.outer(places, np.array(self.long_frequencies, np.float32))]
+        )
 
 
 def read(
@@ -79,8 +111,9 @@ def read(
     *,
     head_dim: int,
     theta: float,
-    max_positions: int,
+    positions: int,
     fraction: float = 1.0,
+    trained: int | None = None,
 ) -> Rope:
     """Read ``rope_scaling`` or ``rope_parameters``, whose names changed over the years.
 
@@ -88,8 +121,9 @@ def read(
         options: The table of config.json, if it has one.
         head_dim: Elements of a head.
         theta: rope_theta, if the table has none.
-        max_positions: max_position_embeddings.
+        positions: max_position_embeddings.
         fraction: partial_rotary_factor, if the table has none.
+        trained: original_max_position_embeddings, if it stands beside the table.
 
     Raises:
         Unsupported: A rope_type or an option that is not known.
@@ -97,15 +131,31 @@ def read(
     """
     if options is None:
         options = Config({}, "config.json")
-    kind = options.get("rope_type", options.get("type", "default"))
-    options.choose("rope_type" if options.has("rope_type") else "type", kind, SCALINGS)
+    key = "rope_type" if options.has("rope_type") else "type"
+    options.ignore("rope_type", "type")
+    kind = options.choose(key, "default", [*SCALINGS, *RENAMED])
+    kind = RENAMED.get(kind, kind)
     theta = options.get("rope_theta", theta)
     dim = int(head_dim * options.get("partial_rotary_factor", fraction))
-    if dim < 2 or dim % 2 or theta <= 1:
-        raise BadInput(f"rotates {dim} of {head_dim} with theta {theta}", about=options.about)
-    frequencies, factor = SCALINGS[kind](options, Geometry(dim, theta, max_positions))
+    inside = options.get("original_max_position_embeddings", positions)
+    geometry = Geometry(dim, theta, positions, trained or inside)
+    if dim < 2 or dim % 2 or theta <= 1 or geometry.trained < 1:
+        raise BadInput(
+            f"rotates {dim} of {head_dim} elements with theta {theta}, trained on "
+            f"{geometry.trained} positions",
+            about=options.about,
+        )
+    scaled = SCALINGS[kind](options, geometry)
     options.finish()
-    return Rope(dim, max_positions, tuple(frequencies.tolist()), factor)
+    long = scaled.long_frequencies
+    return Rope(
+        dim=dim,
+        positions=positions,
+        frequencies=tuple(scaled.frequencies.tolist()),
+        factor=scaled.factor,
+        long_frequencies=tuple(long.tolist()) if long is not None else None,
+        trained=geometry.trained if long is not None else 0,
+    )
 
 
 def scaling(name: str) -> Callable[[Rule], Rule]:
@@ -135,54 +185,50 @@ def _factor(options: Config) -> np.float32:
 
 
 @scaling("default")
-def _default(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], float]:
-    return np.float32(1) / _series(geometry), 1.0
+def _default(options: Config, geometry: Geometry) -> Scaled:
+    return Scaled(np.float32(1) / _series(geometry))
 
 
 @scaling("linear")
-def _linear(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], float]:
+def _linear(options: Config, geometry: Geometry) -> Scaled:
     """Positions squeezed by a factor."""
-    return np.float32(1) / _series(geometry) / _factor(options), 1.0
+    return Scaled(np.float32(1) / _series(geometry) / _factor(options))
 
 
 @scaling("dynamic")
-def _dynamic(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], float]:
+def _dynamic(options: Config, geometry: Geometry) -> Scaled:
     """NTK scaling, which changes nothing within max_position_embeddings.
 
     Beyond, the frequencies depend on the length at hand; the tables end where that begins.
     """
     options.ignore("factor", "alpha")
-    return np.float32(1) / _series(geometry), 1.0
+    return Scaled(np.float32(1) / _series(geometry))
 
 
 @scaling("llama3")
-def _llama3(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], float]:
+def _llama3(options: Config, geometry: Geometry) -> Scaled:
     """Long wavelengths squeezed, short ones kept, a ramp between: Llama 3.1 and later."""
     factor = _factor(options)
     low = options.need("low_freq_factor", float)
     high = options.need("high_freq_factor", float)
-    context = options.get("original_max_position_embeddings", geometry.max_positions)
     if not 0 < low < high:
         raise BadInput(f"low_freq_factor {low}, high_freq_factor {high}", about=options.about)
+    context = geometry.trained
     plain = np.float32(1) / _series(geometry)
     wavelength = np.float32(2 * math.pi) / plain
     squeezed = np.where(wavelength > context / low, plain / factor, plain)
     smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
     ramp = (1 - smooth) * squeezed / factor + smooth * squeezed
     between = (wavelength >= context / high) & (wavelength <= context / low)
-    return np.where(between, ramp, squeezed).astype(np.float32), 1.0
+    return Scaled(np.where(between, ramp, squeezed).astype(np.float32))
 
 
 @scaling("yarn")
-def _yarn(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], float]:
+def _yarn(options: Config, geometry: Geometry) -> Scaled:
     """YaRN (https://arxiv.org/abs/2309.00071): a ramp over dimensions, and a temperature."""
-    context = options.get("original_max_position_embeddings", geometry.max_positions)
-    if options.has("factor"):
-        factor = _factor(options)
-    else:
-        factor = np.float32(geometry.max_positions / context)
-    low = _dimension_of(options.get("beta_fast", 32.0), context, geometry)
-    high = _dimension_of(options.get("beta_slow", 1.0), context, geometry)
+    factor = _factor_or_ratio(options, geometry)
+    low = _dimension_of(options.get("beta_fast", 32.0), geometry)
+    high = _dimension_of(options.get("beta_slow", 1.0), geometry)
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, geometry.dim - 1)
@@ -192,19 +238,46 @@ def _yarn(options: Config, geometry: Geometry) -> tuple[np.ndarray[Any, Any], fl
     steps = np.arange(geometry.dim // 2, dtype=np.float32)
     kept = 1 - np.clip((steps - np.float32(low)) / np.float32(high - low), 0, 1)
     mixed = (1 / (factor * series)) * (1 - kept) + (1 / series) * kept
-    return mixed.astype(np.float32), _yarn_temperature(options, float(factor))
 
-
-def _dimension_of(rotations: float, context: int, geometry: Geometry) -> float:
-    """The dimension that makes so many rotations over the original context."""
-    turns = math.log(context / (rotations * 2 * math.pi))
-    return geometry.dim * turns / (2 * math.log(geometry.theta))
-
-
-def _yarn_temperature(options: Config, factor: float) -> float:
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
 
     over, under = options.get("mscale", 0.0), options.get("mscale_all_dim", 0.0)
     implied = scale(over) / scale(under) if over and under else scale(1)
-    return options.get("attention_factor", implied)
+    return Scaled(mixed.astype(np.float32), options.get("attention_factor", implied))
+
+
+def _factor_or_ratio(options: Config, geometry: Geometry) -> np.float32:
+    if options.has("factor"):
+        return _factor(options)
+    options.ignore("factor")
+    return np.float32(geometry.positions / geometry.trained)
+
+
+def _dimension_of(rotations: float, geometry: Geometry) -> float:
+    """The dimension that makes so many rotations over the original context."""
+    turns = math.log(geometry.trained / (rotations * 2 * math.pi))
+    return geometry.dim * turns / (2 * math.log(geometry.theta))
+
+
+@scaling("longrope")
+def _longrope(options: Config, geometry: Geometry) -> Scaled:
+    """LongRoPE (https://arxiv.org/abs/2402.13753): two sets of factors on the frequencies."""
+    if geometry.trained > geometry.positions:
+        raise BadInput(
+            f"trained on {geometry.trained} of {geometry.positions} positions", about=options.about
+        )
+    series = _series(geometry)
+    short, long = (_factors(options, key, series.size) for key in ("short_factor", "long_factor"))
+    factor = float(_factor_or_ratio(options, geometry))
+    implied = math.sqrt(1 + math.log(factor) / math.log(geometry.trained)) if factor > 1 else 1.0
+    temperature = options.get("attention_factor", implied)
+    return Scaled(1 / (short * series), temperature, 1 / (long * series))
+
+
+def _factors(options: Config, key: str, count: int) -> np.ndarray[Any, Any]:
+    given = options.sizes(key)
+    sound = given is not None and all(type(f) in (int, float) and f > 0 for f in given)
+    if given is None or not sound or len(given) != count:
+        raise BadInput(f"{key} is not a list of {count} positive numbers", about=options.about)
+    return np.array(given, np.float32)

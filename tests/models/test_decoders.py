@@ -22,6 +22,13 @@ SMALL = {
 }  # fmt: skip
 ROPE = {"rope_theta": 10000.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+LONGROPE = {
+    "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": ROPE | {
+        "rope_type": "longrope", "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5],
+        "long_factor": [3.0, 5.0]},
+}  # fmt: skip
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -54,6 +61,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-windows": ("Qwen2", WINDOWS),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+         "tie_word_embeddings": False, "attention_bias": True},
+    ),
+    "gemma2-capped-hard": (
+        "Gemma2",
+        {"head_dim": 8, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention",
+         "full_attention"], "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    ),
+    "phi3": ("Phi3", {"sliding_window": 6, "pad_token_id": 0}),
+    "phi3-longrope-short": ("Phi3", {"pad_token_id": 0, **LONGROPE}),
+    "phi3-longrope-long": (
+        "Phi3", {"pad_token_id": 0, **LONGROPE, "original_max_position_embeddings": 8},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3-windows-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True, **WINDOWS}),
 }  # fmt: skip
 
@@ -70,7 +101,8 @@ def make(kind: str, options: dict[str, Any], folder: Path, **save: Any) -> Any:
     """Save a random checkpoint of an architecture and return transformers' model of it."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    config = getattr(transformers, f"{kind}Config")(**options, attn_implementation="eager")
+    config_class = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, config_class)(**options, attn_implementation="eager")
     name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     model = getattr(transformers, name)(config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -192,6 +224,24 @@ def write_llama(folder: Path, change: dict[str, Any]) -> None:
             Unsupported,
             "rope_scaling: sets twist",
         ),
+        (
+            {"rope_scaling": {"type": "su", "long_factor": [1] * 4, "short_factor": [1, 2]}},
+            BadInput,
+            "short_factor is not a list of 4",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 1,
+                }
+            },
+            BadInput,
+            "low_freq_factor 4.0",
+        ),
+        ({"rope_theta": 0.5}, BadInput, "theta 0.5"),
         ({"rope_scaling": [1]}, BadInput, "give a table"),
         ({"num_key_value_heads": 3}, BadInput, "cannot share 3"),
         ({"num_hidden_layers": 0}, BadInput, "num_hidden_layers is 0"),
