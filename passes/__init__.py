@@ -8,6 +8,8 @@ from __future__ import annotations
 PASSES: dict[str, str] = {
     "inline-functions": "trivium.passes.inline_functions:InlineFunctions",
     "convert-opset": "trivium.passes.convert_opset:ConvertOpset",
+    "decompose-functions": "trivium.passes.decompose_functions:DecomposeFunctions",
+    "drop-empty-operands": "trivium.passes.drop_empty_operands:DropEmptyOperands",
     "fold-constants": "trivium.passes.fold_constants:FoldConstants",
     "fold-affine": "trivium.passes.fold_affine:FoldAffine",
     "fold-batchnorm": "trivium.passes.fold_batchnorm:FoldBatchNorm",
