@@ -5,4 +5,5 @@ from __future__ import annotations
 BACKENDS: dict[str, str] = {
     "onnxruntime": "trivium.backends.onnxruntime.backend:BACKEND",
     "xla": "trivium.backends.xla.backend:BACKEND",
+    "tvm": "trivium.backends.tvm.backend:BACKEND",
 }

@@ -1,0 +1,53 @@
+"""Normal form -> Relax, through TVM's own ONNX importer, with the weights left out.
+
+Weights become parameters of the program instead of constants in it: the library stays small, the
+weights are stored once whatever is built from them, and none is read to import the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from trivium.compiler.errors import BackendFailed
+from trivium.compiler.onnx_api import light_proto, one_line
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A Relax module and the order of what its ``main`` takes after the model's own inputs."""
+
+    module: Any
+    weights: tuple[str, ...]
+
+
+def to_relax(model: ir.Model) -> Imported:
+    """Import a legalized model.
+
+    Raises:
+        BackendFailed: The importer declined; the message names the operator that it was at.
+    """
+    from tvm.relax.frontend.onnx import from_onnx
+
+    own = len(model.graph.inputs)
+    said = io.StringIO()
+    with light_proto(model) as proto:
+        weights = tuple(value.name for value in proto.graph.input[own:])
+        try:
+            # The importer prints the operator that it fails on and raises without naming it.
+            with contextlib.redirect_stdout(said), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module = from_onnx(proto)
+        except Exception as error:
+            where = said.getvalue().partition(", with inputs")[0].strip()
+            raise BackendFailed(
+                f"{one_line(error)} ({where or type(error).__name__})",
+                about="TVM's ONNX importer",
+                remedy="try --backend onnxruntime, or --backend xla",
+            ) from error
+    return Imported(module, weights)
