@@ -154,6 +154,8 @@ def _add_choosing(verbs: Verbs) -> None:
     _model(verb)
     verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
     verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
+    verb.add_argument("--backend", action="append", default=[], metavar="NAME",
+                      help="default: each target's own; all: every one that serves it")
     _shape(verb)
     _calibration(verb)
     verb.add_argument("--measure", action="store_true", help="also time what can run here")
@@ -166,10 +168,10 @@ def _add_choosing(verbs: Verbs) -> None:
     verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
     _shape(verb)
     verb.add_argument("--max-latency", metavar="5ms")
-    verb.add_argument("--min-throughput", metavar="N", help="inferences a second")
+    verb.add_argument("--min-throughput", type=_positive, metavar="N", help="inferences a second")
     verb.add_argument("--max-memory", metavar="16GiB")
-    verb.add_argument("--max-cost", metavar="USD", help="for a million inferences")
-    verb.add_argument("--max-power", metavar="W")
+    verb.add_argument("--max-cost", type=_positive, metavar="USD", help="a million inferences")
+    verb.add_argument("--max-power", type=_positive, metavar="W")
     verb.add_argument(
         "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
     )

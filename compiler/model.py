@@ -158,19 +158,19 @@ def tensor_info(value: ir.Value) -> TensorInfo:
     return TensorInfo(value.name or "", dtype, tuple(dims))
 
 
-def content_hash(path: str | os.PathLike[str], model: ir.Model) -> str:
+def content_hash(path: str | os.PathLike[str], model: ir.Model | None = None) -> str:
     """Return the SHA-256 of a model: its file (or every file of its folder) and external data.
 
     Args:
         path: Where it was loaded from.
-        model: As `load` returned it, before any pass.
+        model: As `load` returned it, before any pass; loaded again if it is not given.
     """
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".json", ".safetensors"))
     else:
-        files = [path, *_external_files(path, model)]
+        files = [path, *_external_files(path, model or load(path))]
     for file in files:
         digest.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
