@@ -6,10 +6,12 @@ each of the hundreds of tiny operators for XLA would take longer than compiling 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from trivium.backends.xla.lowering.functions import resolved_proto
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +32,9 @@ def is_known(value: Any) -> bool:
     return value is None or isinstance(value, (np.ndarray, np.generic))
 
 
-def fold(node: ir.Node, inputs: Sequence[Any], opset: int) -> tuple[Any, ...] | None:
+def fold(
+    node: ir.Node, inputs: Sequence[Any], opset: int, attributes: Mapping[str, ir.Attr]
+) -> tuple[Any, ...] | None:
     """Evaluate a standard operator with numpy; None if that is not possible or not wise."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _NEVER:
         return None
@@ -38,7 +42,7 @@ def fold(node: ir.Node, inputs: Sequence[Any], opset: int) -> tuple[Any, ...] | 
         return None
     if sum(value.nbytes for value in inputs if isinstance(value, np.ndarray)) > MAX_BYTES:
         return None
-    results = _evaluate(node, inputs, opset)
+    results = _evaluate(node, inputs, opset, attributes)
     if results is None:
         return None
     results = tuple(_array(value) for value in results)
@@ -52,14 +56,12 @@ def _array(value: Any) -> Any:
     return value if value is None else np.asarray(value)
 
 
-def _evaluate(node: ir.Node, inputs: Sequence[Any], opset: int) -> tuple[Any, ...] | None:
-    import onnx_ir as ir
+def _evaluate(
+    node: ir.Node, inputs: Sequence[Any], opset: int, attributes: Mapping[str, ir.Attr]
+) -> tuple[Any, ...] | None:
     from onnx.reference.ops._op_list import load_op
 
-    proto = ir.to_proto(node)
-    for attribute in proto.attribute:
-        if attribute.ref_attr_name:
-            return None
+    proto = resolved_proto(node, attributes)
     run = {"log": _silent, "opsets": {"": opset}, "new_ops": {}, "verbose": 0}
     try:
         implementation: Any = load_op("", node.op_type, opset)

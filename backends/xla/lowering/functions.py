@@ -15,11 +15,16 @@ FunctionKey = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Body:
-    """A function, the operator sets it imports, and defaults for attributes it refers to."""
+    """A function, the operator sets it imports, and defaults for attributes it refers to.
+
+    Attributes:
+        outputs: The names of all outputs that the operator has, made or not.
+    """
 
     function: ir.Function
     opsets: Mapping[str, int]
     defaults: Mapping[str, ir.Attr] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
 
 def schema_of(domain: str, op_type: str, opset: int) -> Any | None:
@@ -49,22 +54,27 @@ def is_context_dependent(domain: str, op_type: str, opset: int) -> bool:
 def body_of(
     node: ir.Node,
     opset: int,
+    standard: int,
     inputs: Sequence[Any],
     functions: Mapping[FunctionKey, ir.Function],
+    attributes: Mapping[str, ir.Attr],
 ) -> Body | None:
     """Return the body that a node stands for, or None.
 
     Args:
+        opset: The version of the node's domain.
+        standard: The version of the standard domain where the node stands.
         inputs: Values, whose dtypes a context-dependent body is built for.
+        attributes: Those of the enclosing function call, for attributes that refer to them.
     """
     own = functions.get((node.domain, node.op_type, node.overload))
     if own is not None:
-        return Body(own, own.opset_imports)
+        return Body(own, own.opset_imports, {}, tuple(v.name or "" for v in own.outputs))
     schema = schema_of(node.domain, node.op_type, opset)
     if schema is None:
         return None
     if schema.has_context_dependent_function:
-        return _context_dependent(schema, node, opset, inputs)
+        return _context_dependent(schema, node, opset, standard, inputs, attributes)
     if not schema.has_function:
         return None
     return fixed_body(node.domain, node.op_type, opset)
@@ -89,26 +99,60 @@ def fixed_body(domain: str, op_type: str, opset: int) -> Body | None:
     proto = serialized if serialized is not None else schema.function_body
     if isinstance(proto, bytes):
         proto = onnx.FunctionProto.FromString(proto)
+    return _parsed(schema, proto, opset if domain in ("", "ai.onnx") else latest())
+
+
+def latest() -> int:
+    """The newest standard opset of the onnx package."""
+    return int(onnx.defs.onnx_opset_version())
+
+
+def _parsed(schema: Any, proto: onnx.FunctionProto, standard: int) -> Body:
+    """A function from its protobuf, without the optional outputs that it does not make.
+
+    Args:
+        standard: The opset of the standard domain, where the function does not say.
+    """
+    made = set(proto.input).union(*(node.output for node in proto.node))
+    outputs = list(proto.output)
+    del proto.output[:]
+    proto.output.extend(name for name in outputs if name in made)
     function = ir.from_proto(proto)
-    opsets = dict(function.opset_imports)
-    opsets.setdefault("", opset)
-    return Body(function, opsets, _defaults(schema))
+    opsets = {"": standard, **function.opset_imports}
+    return Body(function, opsets, _defaults(schema), tuple(outputs))
 
 
 def _context_dependent(
-    schema: Any, node: ir.Node, opset: int, inputs: Sequence[Any]
+    schema: Any,
+    node: ir.Node,
+    opset: int,
+    standard: int,
+    inputs: Sequence[Any],
+    attributes: Mapping[str, ir.Attr],
 ) -> Body | None:
     versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
     if not versions:
         return None
     types = [_type(value).SerializeToString() for value in inputs]
     proto = schema.get_context_dependent_function_with_opset_version(
-        max(versions), ir.to_proto(node).SerializeToString(), types
+        max(versions), resolved_proto(node, attributes).SerializeToString(), types
     )
-    function = ir.from_proto(onnx.FunctionProto.FromString(proto))
-    opsets = dict(function.opset_imports)
-    opsets.setdefault("", opset)
-    return Body(function, opsets, _defaults(schema))
+    return _parsed(schema, onnx.FunctionProto.FromString(proto), standard)
+
+
+def resolved_proto(node: ir.Node, attributes: Mapping[str, ir.Attr]) -> onnx.NodeProto:
+    """A node as protobuf, with attributes that refer to the enclosing call's replaced by them."""
+    proto = ir.to_proto(node)
+    refers = [attribute for attribute in proto.attribute if attribute.ref_attr_name]
+    for attribute in refers:
+        outer = attributes.get(attribute.ref_attr_name)
+        name = attribute.name
+        proto.attribute.remove(attribute)
+        if outer is not None:
+            own = ir.to_proto(outer)
+            own.name = name
+            proto.attribute.append(own)
+    return proto
 
 
 def _type(value: Any) -> onnx.TypeProto:

@@ -21,7 +21,7 @@ Handler = Callable[..., Any]
 
 GROUPS = (
     "attention", "control_flow", "convolution", "elementwise", "indexing", "linear", "microsoft",
-    "normalization", "pooling", "quantization", "recurrent", "reduction", "shape",
+    "normalization", "pooling", "quantization", "recurrent", "reduction", "sequence", "shape",
 )  # fmt: skip
 """The modules of `trivium.backends.xla.lowering.ops`, one for each group of operators."""
 

@@ -163,10 +163,19 @@ def promised_shape(value: ir.Value, frame: Frame) -> tuple[int, ...] | None:
             return tuple(value.shape.numpy())
         readers = [node for node, index in value.uses() if index == 0]
         same = [node for node in readers if node.op_type in _KEEPS_SHAPE and node.domain == ""]
+        same += [node for node, index in value.uses() if _scales(node, index, frame)]
         if not same:
             return None
         value = same[0].outputs[0]
     return None
+
+
+def _scales(node: ir.Node, index: int, frame: Frame) -> bool:
+    """Whether a node combines its operand with nothing but a scalar."""
+    if node.op_type not in ("Add", "Sub", "Mul", "Div", "Pow") or node.domain != "":
+        return False
+    other = frame.env.get(node.inputs[1 - index])  # type: ignore[arg-type]
+    return other is not None and getattr(other, "ndim", 1) == 0
 
 
 def run_graph(graph: ir.Graph | ir.Function, frame: Frame) -> tuple[Any, ...]:
@@ -187,8 +196,8 @@ def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:
     inputs = [None if value is None else frame.env[value] for value in node.inputs]
     opset = frame.opset(node.domain)
     op = Op(node, opset, frame)
-    if inputs and not _refers(node):
-        folded = fold(node, inputs, opset)
+    if inputs and all(is_known(value) for value in inputs):
+        folded = fold(node, inputs, opset, frame.attributes)
         if folded is not None:
             return folded
     key = (node.domain, node.op_type, node.overload)
@@ -210,13 +219,9 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _refers(node: ir.Node) -> bool:
-    return any(attribute.is_ref() for attribute in node.attributes.values())
-
-
 def _run_function(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
     node, frame = op.node, op.frame
-    body = body_of(node, op.version, inputs, frame.functions)
+    body = body_of(node, op.version, frame.opset(""), inputs, frame.functions, frame.attributes)
     if body is None:
         raise op.refuse("has neither a handler nor a function body")
     attributes = {
@@ -237,9 +242,13 @@ def _run_function(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
     env: Env = dict.fromkeys(parameters)
     env.update(zip(parameters, inputs, strict=False))
     promised = {}
-    for inner, outer_value in zip(body.function.outputs, node.outputs, strict=False):
-        shape = promised_shape(outer_value, frame)
+    declared = dict(zip(body.outputs, node.outputs, strict=False))
+    for inner in body.function.outputs:
+        outer_value = declared.get(inner.name or "")
+        shape = None if outer_value is None else promised_shape(outer_value, frame)
         if shape is not None:
             promised[inner] = shape
     inside = Frame(env, body.opsets, frame.functions, attributes, promised)
-    return run_graph(body.function, inside)
+    names = [value.name for value in body.function.outputs]
+    made = dict(zip(names, run_graph(body.function, inside), strict=True))
+    return tuple(made.get(name) for name in body.outputs)

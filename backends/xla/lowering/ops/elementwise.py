@@ -123,7 +123,12 @@ def mod(op: Op, a: Any, b: Any) -> Any:
 def bit_shift(op: Op, a: Any, b: Any) -> Any:
     if op.attr("direction") == "LEFT":
         return jnp.left_shift(a, b)
-    return lax.shift_right_logical(*jnp.broadcast_arrays(a, b))
+    return jnp.right_shift(a, b)
+
+
+@handles("BitCast", since=26)
+def bit_cast(op: Op, x: Any) -> Any:
+    return lax.bitcast_convert_type(x, numpy_dtype(op.attr("to")))
 
 
 @handles("Max")

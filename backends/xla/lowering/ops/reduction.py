@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,41 @@ def _reduction(
             if op.attr("noop_with_empty_axes", 0):
                 return function(x, (), True)
             reduced: tuple[int, ...] = tuple(range(x.ndim))
+        elif not op.known(axes):
+            return _at_run_time(op, x, axes, function)
         else:
             reduced = tuple(axis % x.ndim for axis in op.ints(1, axes))
         return function(x, reduced, bool(op.attr("keepdims", 1)))
+
+
+def _at_run_time(op: Op, x: Any, axes: Any, function: Any) -> Any:
+    """Reduce over axes that the program computes, to a shape that the model promises.
+
+    Only axes that lead to that shape are possible; where several do, all are computed and the
+    right one is selected.
+    """
+    promised, keep = op.shape(), bool(op.attr("keepdims", 1))
+    if promised is None:
+        raise op.needs(1)
+    possible = [
+        choice
+        for choice in combinations(range(x.ndim), axes.shape[0])
+        if _reduced_shape(x.shape, choice, keep) == promised
+    ]
+    if not possible:
+        raise op.refuse(f"cannot reduce {x.shape} over {axes.shape[0]} axes to {promised}")
+    results = [function(x, choice, keep) for choice in possible]
+    given = jnp.sort(axes % x.ndim)
+    y = results[0]
+    for choice, result in zip(possible[1:], results[1:], strict=True):
+        y = jnp.where((given == np.asarray(choice)).all(), result, y)
+    return y
+
+
+def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keep: bool) -> tuple[int, ...]:
+    if keep:
+        return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _log_sum_exp(x: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
@@ -122,18 +155,26 @@ for _name, _function in (
 
 @handles("CumSum", since=11, constants=(1,))
 def cumulative_sum(op: Op, x: Any, axis: Any) -> Any:
-    (index,) = op.ints(1, axis)
-    return _cumulative(op, x, index, lax.cumsum)
+    return _cumulative(op, x, axis, lax.cumsum)
 
 
 @handles("CumProd", since=26, constants=(1,))
 def cumulative_product(op: Op, x: Any, axis: Any) -> Any:
-    (index,) = op.ints(1, axis)
-    return _cumulative(op, x, index, lax.cumprod, 1)
+    return _cumulative(op, x, axis, lax.cumprod, 1)
 
 
-def _cumulative(op: Op, x: Any, axis: int, scan: Callable[..., Any], neutral: int = 0) -> Any:
-    axis = axis % x.ndim
+def _cumulative(op: Op, x: Any, axis: Any, scan: Callable[..., Any], neutral: int = 0) -> Any:
+    if op.known(axis):
+        return _cumulative_along(op, x, op.ints(1, axis)[0] % x.ndim, scan, neutral)
+    # Every axis gives the same shape: compute along each, and select.
+    wanted = jnp.reshape(axis, ()) % x.ndim
+    y = _cumulative_along(op, x, 0, scan, neutral)
+    for other in range(1, x.ndim):
+        y = jnp.where(wanted == other, _cumulative_along(op, x, other, scan, neutral), y)
+    return y
+
+
+def _cumulative_along(op: Op, x: Any, axis: int, scan: Callable[..., Any], neutral: int) -> Any:
     reverse = bool(op.attr("reverse", 0))
     total = scan(jnp.asarray(x), axis=axis, reverse=reverse)
     if not op.attr("exclusive", 0):

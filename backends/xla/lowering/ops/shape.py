@@ -262,9 +262,35 @@ def pad_by_attributes(op: Op, x: Any) -> Any:
 
 @handles("Pad", since=11, constants=(1, 3))
 def pad(op: Op, x: Any, pads: Any, value: Any = None, axes: Any = None) -> Any:
-    along = list(range(x.ndim)) if axes is None else op.ints(3, axes)
     fill = np.zeros((), x.dtype) if value is None else jnp.reshape(value, ())
+    if not (op.known(pads) and op.known(axes)):
+        return _pad_at_run_time(op, x, pads, axes, fill)
+    along = list(range(x.ndim)) if axes is None else op.ints(3, axes)
     return _pad(x, op.ints(1, pads), along, op.attr("mode", "constant"), fill)
+
+
+def _pad_at_run_time(op: Op, x: Any, pads: Any, axes: Any, value: Any) -> Any:
+    """Pad to a promised shape by widths that the program computes."""
+    promised, mode = op.shape(), op.attr("mode", "constant")
+    if promised is None:
+        raise op.needs(1)
+    count = pads.shape[0] // 2
+    along = jnp.arange(count) if axes is None else jnp.asarray(axes) % x.ndim
+    inside = jnp.ones((), bool)
+    for axis, size in enumerate(x.shape):
+        begin = jnp.where(along == axis, pads[:count], 0).sum()
+        position = jnp.arange(promised[axis]) - begin
+        if mode == "constant":
+            spread = [-1 if other == axis else 1 for other in range(x.ndim)]
+            inside = inside & jnp.reshape((position >= 0) & (position < size), spread)
+        elif mode == "reflect" and size > 1:
+            period = 2 * (size - 1)
+            position = position % period
+            position = jnp.where(position >= size, period - position, position)
+        elif mode == "wrap":
+            position = position % size
+        x = jnp.take(x, jnp.clip(position, 0, size - 1), axis=axis)
+    return jnp.where(inside, x, value) if mode == "constant" else x
 
 
 _MODES = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
