@@ -5,7 +5,7 @@ The traps: ``Value.uses()`` leaves out graph outputs, so fusing past one is a re
 (`read_once`); ``Node.graph``, ``Value.shape`` and ``Value.dtype`` are Optional (`dims`); the name,
 type and shape of a replaced output must move to its replacement (`splice`); an
 ``ExternalTensor`` cannot be released while a numpy view of it lives (`constant` copies what is
-small and never maps what is large unless asked).
+small and never maps what is large unless asked; `weight` reads what is large).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -191,6 +191,34 @@ def constant(
     if tensor is None or (limit is not None and tensor.nbytes > limit):
         return None
     return tensor.numpy()
+
+
+def weight(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The content of a constant of any size, in memory of its own, or None if it is not one.
+
+    What lies in a file is read, not mapped: the pages of a map count towards this process until it
+    is unmapped, and one pass over a model would end with all its weights resident.
+    """
+    tensor = _tensor(value) if value is not None and not value.is_graph_input() else None
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
+        return tensor.numpy() if tensor is not None else None
+    import numpy as np
+
+    dtype, shape = tensor.dtype.numpy(), tensor.shape.numpy()
+    stored = np.fromfile(
+        tensor.path, dtype.newbyteorder("<"), count=tensor.size, offset=tensor.offset or 0
+    )
+    return stored.astype(dtype, copy=False).reshape(shape)
+
+
+def unmap(model: ir.Model) -> None:
+    """Close the maps of weights that were read through them; what still has a view stays open."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
+                with suppress(BufferError):
+                    tensor.release()
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -193,9 +193,9 @@ def run(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list
 
 
 def apply(passes: Iterable[ir.passes.PassBase], model: ir.Model) -> list[Applied]:
-    """Run passes in order, noting what each declined."""
+    """Run passes in order, noting what each declined; no weight stays mapped between them."""
     from trivium.compiler.errors import BackendFailed
-    from trivium.compiler.passing import declining
+    from trivium.compiler.passing import declining, unmap
 
     rows = []
     for one in passes:
@@ -213,6 +213,7 @@ def apply(passes: Iterable[ir.passes.PassBase], model: ir.Model) -> list[Applied
                 ) from error
         if result.model is not model:
             raise BackendFailed("returned another model", about=f"pass {name}")
+        unmap(model)
         reasons = tuple(f"{note.where}: {note.reason}" for note in notes)
         rows.append(Applied(name, result.modified, reasons))
     return rows
