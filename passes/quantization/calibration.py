@@ -1,8 +1,9 @@
 """Running a graph on representative inputs and showing tensors to observers, in bounded memory.
 
-ONNX Runtime runs the graph with the observed tensors as extra outputs. Three things bound memory:
-feeds are cut into small batches, tensors are taken in groups whose sizes fit a budget (one run of
-the graph for each group and batch), and observers keep statistics only.
+ONNX Runtime runs the graph with the observed tensors as its outputs. Three things bound memory:
+feeds are cut into batches whose observed tensors fit a budget; where one sample exceeds it, tensors
+are taken in groups (one run of the graph for each group and batch); and observers keep statistics
+only.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
     from trivium.compiler.backend import Tensors
 
-BATCH = 8
-"""Samples run at a time where the model's batch is free."""
+BATCH = 32
+"""Most samples run at a time, where the model's batch is free."""
 
-BUDGET = 48 << 20
+BUDGET = 16 << 20
 """Bytes of observed tensors that one run may return."""
 
 
@@ -73,21 +74,23 @@ def calibrate(
     spoiled: set[ir.Value] = set()
     given = [value for value in values if _is_fed(value)]
     computed = [value for value in values if not _is_fed(value)]
-    samples = 0
     free = _free_batch(model)
-    first = next(iter(_batches(feeds, free)), None)
+    first = next(iter(_batches(feeds, free, 1)), None)
     if first is None:
         raise BadInput(
             "the calibration data is empty", about="quantize", remedy="give at least one sample"
         )
-    for batch, count in _batches(feeds, free):
+    sizes = _sizes(model, computed, first[0])
+    size = min(BATCH, max(1, budget // max(1, sum(sizes.values()))))
+    samples = 0
+    for batch, count in _batches(feeds, free, size):
         samples += count
         for value in given:
             _show(observers[value], np.asarray(batch[value.name or ""]), value, spoiled)
     with tempfile.TemporaryDirectory(prefix="trivium-calibrate-") as folder:
-        for group in _groups(computed, first[0], budget):
+        for group in _groups(sizes, budget):
             run = _runner(model, group, Path(folder))
-            for batch, _ in _batches(feeds, free):
+            for batch, _ in _batches(feeds, free, size):
                 for value, array in zip(group, run(batch), strict=True):
                     _show(observers[value], array, value, spoiled)
     return Calibrated(observers, samples, frozenset(spoiled))
@@ -125,7 +128,9 @@ def _free_batch(model: ir.Model) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _batches(feeds: Iterable[Tensors], free: str | None) -> Iterator[tuple[Tensors, int]]:
+def _batches(
+    feeds: Iterable[Tensors], free: str | None, limit: int
+) -> Iterator[tuple[Tensors, int]]:
     """Feeds cut along a free batch dimension, each with its number of samples."""
     for feed in feeds:
         sizes = {np.shape(array)[0] for array in feed.values() if np.ndim(array)}
@@ -133,18 +138,33 @@ def _batches(feeds: Iterable[Tensors], free: str | None) -> Iterator[tuple[Tenso
             yield feed, 1
             continue
         size = sizes.pop()
-        for start in range(0, size, BATCH):
-            end = min(start + BATCH, size)
+        for start in range(0, size, limit):
+            end = min(start + limit, size)
             yield {name: array[start:end] for name, array in feed.items()}, end - start
 
 
-def _groups(values: Sequence[ir.Value], feed: Tensors, budget: int) -> Iterator[list[ir.Value]]:
-    """Values in graph order, grouped so that each group's tensors fit the budget."""
-    sizes = {str(d): s for d, s in _symbols(values, feed)}
+def _sizes(model: ir.Model, values: Sequence[ir.Value], sample: Tensors) -> dict[ir.Value, int]:
+    """Bytes of float tensors for one sample; a dimension that nothing names counts as one."""
+    named: dict[str, int] = {}
+    for value in model.graph.inputs:
+        array = sample.get(value.name or "")
+        if array is not None and value.shape is not None:
+            for dim, size in zip(value.shape, np.shape(array), strict=False):
+                if not isinstance(dim, int):
+                    named[str(dim.value)] = size
+    sizes = {}
+    for value in values:
+        shape = value.shape if value.shape is not None else ()
+        known = [dim if isinstance(dim, int) else named.get(str(dim.value), 1) for dim in shape]
+        sizes[value] = 4 * math.prod(known)
+    return sizes
+
+
+def _groups(sizes: Mapping[ir.Value, int], budget: int) -> Iterator[list[ir.Value]]:
+    """Values in graph order, in groups that fit the budget."""
     group: list[ir.Value] = []
     total = 0
-    for value in values:
-        nbytes = _bytes(value, sizes)
+    for value, nbytes in sizes.items():
         if group and total + nbytes > budget:
             yield group
             group, total = [], 0
@@ -152,25 +172,6 @@ def _groups(values: Sequence[ir.Value], feed: Tensors, budget: int) -> Iterator[
         total += nbytes
     if group:
         yield group
-
-
-def _symbols(values: Sequence[ir.Value], feed: Tensors) -> Iterator[tuple[Any, int]]:
-    """What the symbolic dimensions of the graph's inputs are in a feed."""
-    graph = next((value.graph for value in values if value.graph is not None), None)
-    for value in graph.inputs if graph is not None else ():
-        array = feed.get(value.name or "")
-        if array is not None and value.shape is not None:
-            for dim, size in zip(value.shape, np.shape(array), strict=False):
-                if not isinstance(dim, int):
-                    yield dim.value, size
-
-
-def _bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
-    """Size of a float tensor; what inference could not name counts as the batch."""
-    if value.shape is None:
-        return BUDGET // 8
-    known = [d if isinstance(d, int) else sizes.get(str(d.value), BATCH) for d in value.shape]
-    return 4 * math.prod(known)
 
 
 def _runner(
@@ -187,6 +188,8 @@ def _runner(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     names = [value.name or "" for value in values]
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import constant, decline, graph_of, initializer, unread
+from trivium.compiler.passing import decline, graph_of, initializer, unread, weight
 from trivium.passes.quantization import linear
 from trivium.passes.quantization.linear import Grid
 from trivium.passes.quantization.placement import weight_axis
@@ -233,6 +233,6 @@ def _input(use: Use) -> ir.Value:
 
 
 def _array(value: ir.Value) -> Array:
-    array = constant(value, limit=None)
+    array = weight(value)
     assert array is not None
     return array

@@ -10,13 +10,13 @@ import onnx_ir as ir
 
 from trivium.compiler.passing import (
     attribute,
-    constant,
     decline,
     is_constant,
     is_op,
     producer,
     read_once,
     scalar,
+    weight,
 )
 from trivium.passes.quantization.placement import Placement, Rule, too_small
 
@@ -116,8 +116,8 @@ def _apply_rule(made: Plan, node: ir.Node, rule: Rule, placement: Placement) -> 
         return
     if rule.when == "joins" and not all(node.inputs[i] in made.tensors for i in activations):
         return
-    weight = node.inputs[weight_at] if weight_at is not None else None
-    if placement.limits is not None and (reason := too_small(node, weight, placement.limits)):
+    kernel = node.inputs[weight_at] if weight_at is not None else None
+    if placement.limits is not None and (reason := too_small(node, kernel, placement.limits)):
         decline(node, f"too small to gain from integers ({reason})")
         return
     if problem := _unfit(node, constants if weight_at is None else [*constants, weight_at]):
@@ -150,7 +150,7 @@ def _unfit(node: ir.Node, positions: list[int]) -> str | None:
             if factor != 1.0:
                 return f"{name} is {factor:g}, and integer products have no factor"
     for value in (node.inputs[i] for i in positions):
-        array = constant(value, limit=None)
+        array = weight(value)
         assert value is not None
         assert array is not None
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -165,7 +165,7 @@ def _plan_bias(made: Plan, node: ir.Node, position: int) -> None:
     bias = node.inputs[position] if position < len(node.inputs) else None
     if bias is None:
         return
-    array = constant(bias, limit=None)
+    array = weight(bias)
     if array is None:
         decline(node, f"its bias {bias.name!r} is computed, so it stays float")
     elif array.ndim == 0 or array.shape[-1] != array.size or not np.isfinite(array).all():
