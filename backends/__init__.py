@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BACKENDS: dict[str, str] = {
+    "fpga": "trivium.backends.fpga.backend:BACKEND",
     "onnxruntime": "trivium.backends.onnxruntime.backend:BACKEND",
     "xla": "trivium.backends.xla.backend:BACKEND",
     "tvm": "trivium.backends.tvm.backend:BACKEND",
