@@ -1,8 +1,8 @@
 """How far each layer is unrolled: PE output channels by SIMD input channels in each clock cycle.
 
 A folding is data, apart from the lowering and from any emitter: it says how many cycles and how
-much of the fabric a `Dataflow` takes, and every emitter has to honour it. It is legal if PE divides the
-output channels and SIMD the input channels, so that no lane ever idles or crosses a pixel.
+much of the fabric a `Dataflow` takes, and every emitter has to honour it. It is legal if PE divides
+the output channels and SIMD the input channels, so that no lane ever idles or crosses a pixel.
 """
 
 from __future__ import annotations
