@@ -233,8 +233,9 @@ def _job(
     steps = _recipe(given_recipe)
     progress("reading the model")
     model = models.load(path)
+    # Bound first: a calibration file is cut into feeds of the batch that will be compiled.
+    shapes.bind(model, shapes.parse(shape, models.signature(model)[0]))
     inputs, _ = models.signature(model)
-    shapes.parse(shape, inputs)
     if isinstance(calibration, (str, os.PathLike)):
         calibration = samples.read_npz(calibration, inputs)
     job = Job(path, found, chosen, steps, tuple(shape), calibration, max_error, seed, dict(options))

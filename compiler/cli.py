@@ -154,8 +154,13 @@ def _add_choosing(verbs: Verbs) -> None:
     _model(verb)
     verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
     verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
-    verb.add_argument("--backend", action="append", default=[], metavar="NAME",
-                      help="default: each target's own; all: every one that serves it")
+    verb.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="default: each target's own; all: every one that serves it",
+    )
     _shape(verb)
     _calibration(verb)
     verb.add_argument("--measure", action="store_true", help="also time what can run here")

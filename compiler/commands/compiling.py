@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def compile(arguments: argparse.Namespace) -> int:
         console.print_json(summary)
         return 0
     for note in summary["notes"]:
-        console.warn(note)
+        print(f"note: {note}", file=sys.stderr)
     console.print_facts(
         {
             "artifact": summary["artifact"],

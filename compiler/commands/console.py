@@ -92,7 +92,16 @@ def si(number: float | None, unit: str) -> str:
         return "-"
     if number == 0:
         return f"0 {unit}"
-    prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"))
+    prefixes = (
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+        (1, ""),
+        (1e-3, "m"),
+        (1e-6, "u"),
+    )
     for factor, prefix in prefixes:
         if abs(number) >= factor:
             return f"{number / factor:.3g} {prefix}{unit}"
