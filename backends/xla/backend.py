@@ -64,6 +64,7 @@ class XlaBackend:
         job = {
             "folder": str(request.folder.resolve()),
             "models": {"main": "main.onnx"},
+            "target": target.name,
             "device": asdict(device),
             "memory_bytes": target.memory_bytes,
             "partition": request.options.get("partition"),

@@ -10,7 +10,8 @@ For each program of the job it leaves in the artifact's folder
 - ``NAME.stablehlo``: the portable truth, a serialized ``jax.export`` for the device's platform
   and the CPU, independent of the number of devices;
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
-- ``NAME.cubin``: the machine code inside of it, on an NVIDIA GPU.
+- ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
+  kernel module, for ``cuobjdump`` and its like.
 
 What is compiled for the device is the export, not the model that it was made from.
 """
@@ -23,10 +24,11 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trivium.backends.xla import hlo, partition, platforms
+from trivium.backends.xla import hlo, partition, platforms, riegeli
 from trivium.backends.xla.platforms import Device
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
 from trivium.compiler.types import TensorInfo
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     except TriviumError as error:
         result = {"error": _error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(_translated(error))}
+        result = {"error": _error_json(_translated(error, job["target"]))}
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     partial = result_path.with_suffix(".partial")
     partial.write_text(json.dumps(result), encoding="utf-8")
@@ -61,18 +63,19 @@ def _error_json(error: TriviumError) -> Json:
     }
 
 
-def _translated(error: Exception) -> TriviumError:
+def _translated(error: Exception, target: str) -> TriviumError:
+    """The error of ours that says what one of jax's does, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     notes = "; ".join(getattr(error, "__notes__", ()))
     cause = f"{first} ({notes})" if notes else first
     if "RESOURCE_EXHAUSTED" in first:
-        used = next((line for line in lines if "Used" in line and "of" in line), first)
         return Unsupported(
-            f"the program does not fit into the device's memory: {used[:300]}",
+            f"the program does not fit into the device's memory: {first[:300]}",
+            about=target,
             remedy="use a larger slice, a smaller batch, or a recipe with smaller weights",
         )
-    return BackendFailed(cause[:500], about="XLA")
+    return BackendFailed(cause[:500], about=f"XLA for {target}")
 
 
 def build(job: Mapping[str, Any]) -> Json:
@@ -130,20 +133,23 @@ def build_program(
     exported_at = time.perf_counter()
 
     split = partition.choose(lowered.inputs, lowered.outputs, len(devices), job.get("partition"))
-    capacity = _capacity(job, len(devices))
+    fits = partial(_require_fit, capacity=_capacity(job, len(devices)), target=job["target"])
     weights_bytes = sum(tensor.nbytes for tensor in lowered.weights.values())
-    _require_fit({"weights": weights_bytes}, capacity, name)
+    fits({"weights": weights_bytes})
     compiled = compile_export(exported, lowered, split, devices)
     compiled_at = time.perf_counter()
 
     text = compiled.as_text()
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
     memory = _memory(compiled)
-    _require_fit(memory, capacity, name)
+    fits(memory)
     return {
         "partition": split.to_json(),
         "memory": memory,
         "weights_bytes": weights_bytes,
+        "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
+        if device.platform == "cuda"
+        else None,
         "collectives": hlo.collectives(text),
         "loops": hlo.has_loop(text),
         "trace_seconds": round(exported_at - started, 3),
@@ -210,6 +216,25 @@ def compile_export(
         return program.lower(*avals(lowered)).compile()
 
 
+def _machine_code(compiled: Any, folder: Path) -> Json:
+    """Write down the cubins of a GPU executable; say how many, how large, for which architecture.
+
+    What it leaves to a library (cuDNN, cuBLAS) has none.
+    """
+    try:
+        images = hlo.cubins(riegeli.values(compiled.runtime_executable().serialize()))
+    except ValueError as error:
+        return {"cubins": None, "reason": str(error)}
+    folder.mkdir()
+    for index, image in enumerate(images):
+        (folder / f"{index:03}.cubin").write_bytes(image)
+    return {
+        "cubins": len(images),
+        "bytes": sum(map(len, images)),
+        "compute_capability": sorted({hlo.compute_capability(image) for image in images}),
+    }
+
+
 def _memory(compiled: Any) -> dict[str, int]:
     """The compiler's own account of one device's memory, in bytes."""
     stats = compiled.memory_analysis()
@@ -228,14 +253,14 @@ def _capacity(job: Mapping[str, Any], devices: int) -> float | None:
     return None if chip is None else chip * job["device"]["chips"] / devices
 
 
-def _require_fit(parts: Mapping[str, int], capacity: float | None, name: str) -> None:
+def _require_fit(parts: Mapping[str, int], capacity: float | None, target: str) -> None:
     needed = sum(parts.values())
     if capacity is None or needed <= capacity:
         return
     figures = ", ".join(f"{part} {size:,}" for part, size in parts.items() if size)
     raise Unsupported(
-        f"the program {name!r} needs {needed:,} bytes on each device ({figures}), "
-        f"and a device has {capacity:,.0f}",
+        f"it needs {needed:,} bytes on each device ({figures}), and a device has {capacity:,.0f}",
+        about=target,
         remedy="use a larger device, a smaller batch, or a recipe with smaller weights",
     )
 

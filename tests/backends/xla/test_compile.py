@@ -1,0 +1,282 @@
+"""Real models through the real compilers: libtpu, the CUDA plug-in and XLA on the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+import trivium
+from trivium.backends.xla import hlo, platforms
+from trivium.backends.xla.backend import BACKEND
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import BuildRequest
+from trivium.compiler.errors import BackendFailed, BadInput, Unsupported
+from trivium.compiler.types import Target, Workload
+
+SharedData = Callable[[str], Path]
+
+CPU = Target("cpu", "cpu", ("xla",))
+V5E = Target(
+    "tpu-v5e:2x2",
+    "tpu",
+    ("xla",),
+    memory_bytes=16 * 2**30,
+    chips=4,
+    topology="2x2",
+    options={"generation": "v5e"},
+)
+V4 = Target("tpu-v4", "tpu", ("xla",), memory_bytes=32 * 2**30, options={"generation": "v4"})
+H100 = Target("nvidia-h100-sxm", "gpu", ("xla",), memory_bytes=80e9)
+
+needs_cpu = pytest.mark.skipif(platforms.missing() is not None, reason=str(platforms.missing()))
+needs_tpu = pytest.mark.skipif(
+    platforms.missing("tpu") is not None, reason=str(platforms.missing("tpu"))
+)
+needs_cuda = pytest.mark.skipif(
+    platforms.missing("cuda") is not None, reason=str(platforms.missing("cuda"))
+)
+
+
+def small_model(rows: int = 8, width: int = 16) -> ir.Model:
+    """relu(x @ w) with its rows as the batch."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((width, 4)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["p"]),
+            helper.make_node("Relu", ["p"], ["y"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [rows, width])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [rows, 4])],
+        [onnx.numpy_helper.from_array(w, "w")],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+
+
+def saved(model: ir.Model, folder: Path) -> Path:
+    path = folder / "small.onnx"
+    ir.save(model, path)
+    return path
+
+
+def compiled(source: Path, target: Target, folder: Path, *shape: str, **options: str) -> Artifact:
+    return trivium.compile(source, target, out=folder / "out", shape=shape, options=options)
+
+
+def assert_computes_what_the_source_does(artifact: Artifact, source: Path) -> None:
+    """Run the artifact on inputs that its compile has not seen."""
+    executable = trivium.load(str(artifact.path))
+    rng = np.random.default_rng(11)
+    feed = {
+        info.name: rng.standard_normal(info.shape).astype(info.dtype) for info in executable.inputs
+    }
+    want = ort.InferenceSession(source).run(None, feed)
+    have = executable.run(feed)
+    for expected, actual in zip(want, have.values(), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_cpu_runs_a_real_model(shared_data: SharedData, tmp_path: Path) -> None:
+    source = shared_data("models/mlperf_kws_dscnn_fp32.onnx")
+    artifact = compiled(source, CPU, tmp_path, "N=2")
+    manifest = artifact.manifest
+    assert manifest["verification"]["status"] == "passed"
+    assert manifest["memory"]["per_device_bytes"] > manifest["memory"]["weights_bytes"] > 0
+    assert trivium.load(str(artifact.path)).measures_target
+    assert_computes_what_the_source_does(artifact, source)
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_a_tpu_slice_shares_the_batch(shared_data: SharedData, tmp_path: Path) -> None:
+    source = shared_data("models/mlperf_ic_resnet8_fp32.onnx")
+    artifact = compiled(source, V5E, tmp_path, "N=8")
+    manifest = artifact.manifest
+    assert manifest["verification"]["status"] == "passed"
+    assert "in place of tpu-v5e:2x2" in manifest["verification"]["compared"]["where"]
+    details = manifest["details"]["xla"]
+    assert (details["device_kind"], details["devices"]) == ("TPU v5 lite", 4)
+    assert details["programs"]["main"]["partition"]["kind"] == "batch"
+    assert details["programs"]["main"]["compile_seconds"] > 0
+    assert all(manifest["memory"][key] > 0 for key in ("weights_bytes", "peak_bytes"))
+    assert manifest["notes"] == ["data parallel: each of 4 devices computes 2 of the batch of 8"]
+
+    text = (artifact.path / "main.hlo.txt").read_text()
+    assert "is_scheduled=true" in text
+    assert "num_partitions=4" in text
+    # Tiled layouts are a TPU's; two of the batch of eight are what each chip gets.
+    assert re.search(r"f32\[2,32,32,3\]\{[\d,]+:T\(", text)
+    assert "operand_precision={highest,highest}" in text
+    assert hlo.collectives(text) == details["programs"]["main"]["collectives"] == {}
+
+    executable = trivium.load(str(artifact.path))
+    assert not executable.measures_target
+    assert_computes_what_the_source_does(artifact, source)
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_another_generation_and_a_batch_that_does_not_divide(
+    shared_data: SharedData, tmp_path: Path
+) -> None:
+    source = shared_data("models/mlperf_kws_dscnn_fp32.onnx")
+    two = replace(V4, name="tpu-v4:2x1x1", chips=2, topology="2x1x1")
+    artifact = compiled(source, two, tmp_path, "N=1")
+    details = artifact.manifest["details"]["xla"]
+    # One device a chip: its two cores are fused, as on a v4 host.
+    assert (details["device_kind"], details["devices"]) == ("TPU v4", 2)
+    assert details["programs"]["main"]["partition"]["kind"] == "replicated"
+    assert "a batch of 1 does not divide by 2" in artifact.manifest["notes"][0]
+    assert artifact.manifest["verification"]["status"] == "passed"
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_an_h100_gets_machine_code(shared_data: SharedData, tmp_path: Path) -> None:
+    source = shared_data("models/cifar_resnet20.onnx")
+    artifact = compiled(source, H100, tmp_path, "N=4")
+    manifest = artifact.manifest
+    assert manifest["verification"]["status"] == "passed"
+    code = manifest["details"]["xla"]["programs"]["main"]["machine_code"]
+    images = [path.read_bytes() for path in sorted((artifact.path / "main.cubin").iterdir())]
+    assert len(images) == code["cubins"] > 0
+    assert all(image.startswith(b"\x7fELF") for image in images)
+    assert {hlo.compute_capability(image) for image in images} == {90}
+    assert b"wrapped_transpose" in b"".join(images)
+    assert "__cudnn$convForward" in (artifact.path / "main.hlo.txt").read_text()
+    assert_computes_what_the_source_does(artifact, source)
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_two_tpu_compiles_at_once(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    sources = []
+    for folder in folders:
+        folder.mkdir()
+        sources.append(saved(small_model(), folder))
+    with ThreadPoolExecutor(2) as pool:
+        artifacts = list(pool.map(compiled, sources, [V5E, V4], folders))
+    for artifact in artifacts:
+        assert artifact.manifest["verification"]["status"] == "passed"
+    kinds = [artifact.manifest["details"]["xla"]["device_kind"] for artifact in artifacts]
+    assert kinds == ["TPU v5 lite", "TPU v4"]
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("bytes_", "part"), [(200, "weights 256"), (800, "arguments 768")])
+def test_a_device_that_is_too_small(bytes_: int, part: str, tmp_path: Path) -> None:
+    tiny = replace(CPU, memory_bytes=float(bytes_))
+    with pytest.raises(Unsupported, match=rf"cpu: it needs .*{part}.* and a device has {bytes_}"):
+        compiled(saved(small_model(), tmp_path), tiny, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_what_the_tpu_compiler_itself_finds_too_large(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["a", "b"], ["c"]),
+            helper.make_node("ReduceMax", ["c"], ["m"], keepdims=0),
+            helper.make_node("Sub", ["c", "m"], ["y"]),
+        ],
+        "large",
+        [
+            helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [70000, 1]),
+            helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, [1, 70000]),
+        ],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [70000, 70000])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+    one = replace(V5E, name="tpu-v5e", chips=1, topology=None)
+    with pytest.raises(Unsupported, match=r"does not fit into the device's memory.*exceeds"):
+        BACKEND.build(model, BuildRequest(one, Workload(), tmp_path))
+
+
+def _children(of: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{of}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_killed_compiler_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    request = BuildRequest(CPU, Workload(), tmp_path)
+    before = set(_children(os.getpid()))
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(BACKEND.build, small_model(), request)
+        while not (started := set(_children(os.getpid())) - before):
+            assert not building.done()
+            time.sleep(0.01)
+        os.kill(started.pop(), signal.SIGKILL)
+        with pytest.raises(BackendFailed, match="the compiler was ended by SIGKILL"):
+            building.result(timeout=60)
+
+
+@needs_cpu
+def test_the_deadline_ends_the_compiler(tmp_path: Path) -> None:
+    before = set(_children(os.getpid()))
+    request = BuildRequest(CPU, Workload(), tmp_path, options={"deadline": "0.2"})
+    with pytest.raises(BackendFailed, match=r"did not finish within 0.2 s.*--option deadline="):
+        BACKEND.build(small_model(), request)
+    assert set(_children(os.getpid())) == before
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speed": "11"}, "no option 'speed'"),
+        ({"deadline": "soon"}, "'soon' is no time"),
+        ({"precision": "exact"}, "'exact' is no precision"),
+    ],
+)
+def test_bad_options(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        BACKEND.build(small_model(), BuildRequest(CPU, Workload(), tmp_path, options=options))
+
+
+@needs_cpu
+def test_open_dimensions_are_named(shared_data: SharedData, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"input\[N\] is symbolic.*--shape input=1x3x32x32"):
+        compiled(shared_data("models/cifar_resnet20.onnx"), CPU, tmp_path)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_weights_are_stored_once_and_damage_is_noticed(tmp_path: Path) -> None:
+    artifact = compiled(saved(small_model(width=4096), tmp_path), CPU, tmp_path)
+    sizes = {path.name: path.stat().st_size for path in artifact.path.iterdir()}
+    assert sizes["weights.safetensors"] < 4096 * 4 * 4 + 500
+    assert sizes["main.onnx"] + sizes["main.stablehlo"] < 8000
+
+    executable = trivium.load(str(artifact.path))
+    with pytest.raises(BadInput, match="the input 'x' is missing"):
+        executable.run({"y": np.zeros(1)})
+    with pytest.raises(BadInput, match=r"'x' has shape \[1, 4096\], the model takes"):
+        executable.run({"x": np.zeros((1, 4096), np.float32)})
+
+    (artifact.path / "main.stablehlo").write_bytes(b"not an export")
+    with pytest.raises(BadInput, match="not a jax export"):
+        BACKEND.load(artifact)
