@@ -58,13 +58,14 @@ def write(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> int:
     header: dict[str, Any] = {}
     packed: dict[str, Any] = {}
     position = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype.name == "STRING":
+            raise Unsupported("a weight made of strings cannot be stored", about=name)
     # Widest elements first, as the safetensors library does it, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.bitwidth, name))
     for name in order:
         tensor = tensors[name]
         kind, shape = tensor.dtype.name, [int(dim) for dim in tensor.shape.numpy()]
-        if kind == "STRING":
-            raise Unsupported("a weight made of strings cannot be stored", about=name)
         if kind not in _TAGS:
             packed[name] = [kind, shape]
         header[name] = {

@@ -98,6 +98,9 @@ def test_cpu_runs_a_real_model(shared_data: SharedData, tmp_path: Path) -> None:
     manifest = artifact.manifest
     assert manifest["verification"]["status"] == "passed"
     assert manifest["memory"]["per_device_bytes"] > manifest["memory"]["weights_bytes"] > 0
+    # DS-CNN is 2.66 million multiply-accumulates (MLPerf Tiny) for each of the batch of two.
+    counted = manifest["details"]["xla"]["programs"]["main"]["compiler_flops"]
+    assert counted == pytest.approx(2 * 2 * 2.66e6, rel=0.1)
     assert trivium.load(str(artifact.path)).measures_target
     assert_computes_what_the_source_does(artifact, source)
 

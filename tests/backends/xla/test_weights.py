@@ -45,14 +45,20 @@ def test_every_dtype_comes_back(
     assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert stored[name].dtype == tensor.dtype
-        np.testing.assert_array_equal(stored[name].numpy(), tensor.numpy())
+        # Bytes, because float8_e8m0 has no zero: what is drawn as one is not a number.
+        assert stored[name].numpy().shape == tensor.numpy().shape
+        assert stored[name].numpy().tobytes() == tensor.numpy().tobytes()
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
     safe = pytest.importorskip("safetensors.numpy")
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     int4 = np.array([-8, 7, 3], ml_dtypes.int4)
-    tensors = {"a": ir.tensor(array), "b": ir.tensor(np.float16([1.5])), "q": ir.tensor(int4)}
+    tensors = {
+        "a": ir.tensor(array),
+        "b": ir.tensor(np.array([1.5], np.float16)),
+        "q": ir.tensor(int4),
+    }
     weights.write(tensors, tmp_path / "w.safetensors")
     found = safe.load_file(tmp_path / "w.safetensors")
     np.testing.assert_array_equal(found["a"], array)
