@@ -28,6 +28,7 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
     graph = model.graph
     taken: dict[ir.Value, ir.TensorProtocol] = {}
     small: dict[ir.Value, ir.TensorProtocol] = {}
+    order = list(graph.initializers.values())
     given = len(graph.inputs)
     known = set(graph.inputs)
     try:
@@ -50,13 +51,17 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
                 graph.inputs.append(value)
         yield ir.to_proto(model)
     finally:
-        # Assigned, not deleted: deleting a slice leaves the values marked as inputs.
-        graph.inputs[given:] = []
+        # One by one: deleting a slice would leave the values marked as inputs.
+        while len(graph.inputs) > given:
+            graph.inputs.pop()
         for value, tensor in small.items():
             value.const_value = tensor
         for value, tensor in taken.items():
             value.const_value = tensor
-            graph.register_initializer(value)
+        if taken:
+            graph.initializers.clear()
+            for value in order:
+                graph.register_initializer(value)
 
 
 def check_model(model: ir.Model) -> tuple[str | None, list[str]]:

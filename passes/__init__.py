@@ -17,6 +17,8 @@ PASSES: dict[str, str] = {
     "fuse-bias": "trivium.passes.fuse_bias:FuseBias",
     "infer-shapes": "trivium.passes.infer_shapes:InferShapes",
     "lift-constants": "trivium.passes.lift_constants:LiftConstants",
+    "recognize-activations": "trivium.passes.recognize_activations:RecognizeActivations",
+    "recognize-normalization": "trivium.passes.recognize_normalization:RecognizeNormalization",
     "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
     "remove-no-ops": "trivium.passes.remove_no_ops:RemoveNoOps",

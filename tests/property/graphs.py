@@ -236,6 +236,10 @@ def folds(b: Builder, x: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Value, tu
 
 @step
 def branch(b: Builder, x: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Value, tuple[int, ...]]:
+    maker = x.producer()
+    if maker is not None and maker.op_type == "Cast":
+        # ONNX Runtime drops a double Cast without looking for readers in bodies.
+        x = b.op("Neg", x)
     total = b.op("ReduceSum", x, keepdims=0)
     condition = b.op("Greater", total, b.constant(np.float32(0)))
     bodies = {}
