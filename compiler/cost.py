@@ -56,9 +56,12 @@ class Profile:
         calibration: What it was calibrated on, in words; shown with every prediction.
         launch_s: Cost of one kernel where the target's own is not known.
         call_s: Cost of one call besides its kernels.
+        cache_speedup: How much faster than memory the on-chip memory feeds a kernel: activations
+            that fit there, and weights too where the whole model does.
         fused: Which operators melt into the kernel before them.
         arithmetic: For a dtype, those in which the engine may do its dense operations, best first;
             by default the dtype itself.
+        slowdown: For a dtype, how much less of its peak the engine reaches than of the others'.
         notes: What a reader of any prediction should know.
     """
 
@@ -68,8 +71,10 @@ class Profile:
     calibration: str
     launch_s: float = 0.0
     call_s: float = 0.0
+    cache_speedup: float = 1.0
     fused: Fused = melts_elementwise
     arithmetic: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    slowdown: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -92,7 +97,8 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
     share, split_note = _share(model, target)
     weights = resident_bytes(model)
     outputs = sum(_bytes(value) for value in model.graph.outputs)
-    timed = _Timed.of(kernels, target, profile, share)
+    cached = fits_on_chip(weights + activations * share, target)
+    timed = _Timed.of(kernels, target, profile, share, cached_weights=cached)
     link, link_note = _gather_s(outputs, target, share)
     notes = [*profile.notes, *timed.notes, *filter(None, (split_note, link_note))]
     seconds = None
@@ -157,14 +163,23 @@ class Timing:
 
 
 def time_kernel(
-    kernel: Kernel, target: Target, profile: Profile, share: float = 1.0
+    kernel: Kernel,
+    target: Target,
+    profile: Profile,
+    share: float = 1.0,
+    *,
+    cached_weights: bool = False,
 ) -> tuple[Timing | None, str]:
     """Time one run of a kernel; ``None`` and the reason where a figure is missing.
 
     Args:
         share: The part of the batch that this chip takes; weights are read whatever it is.
+        cached_weights: Whether the weights stay on chip from call to call.
     """
-    moved = kernel.weight_bytes + kernel.activation_bytes * share
+    activations = kernel.activation_bytes * share
+    cached_activations = activations <= (target.on_chip_bytes or 0.0) / 2
+    moved = kernel.weight_bytes / (profile.cache_speedup if cached_weights else 1.0)
+    moved += activations / (profile.cache_speedup if cached_activations else 1.0)
     operations = sum(kernel.dense.values()) + sum(kernel.vector.values())
     if not moved and not operations:
         return Timing(0.0, 0.0, 0.0), ""
@@ -174,7 +189,8 @@ def time_kernel(
         rate = _rate(dtype, target, profile)
         if rate is None:
             return None, f"no published {dtype} rate of {target.name}"
-        compute += count * share / (rate * profile.compute_efficiency)
+        slower = profile.slowdown.get(dtype, 1.0)
+        compute += count * share * slower / (rate * profile.compute_efficiency)
     vector_rate = target.peak_ops.get("float32")
     if vector_rate is not None:
         compute += sum(kernel.vector.values()) * share / (vector_rate * profile.compute_efficiency)
@@ -185,6 +201,11 @@ def time_kernel(
     memory = moved / (target.memory_bytes_per_s * profile.memory_efficiency)
     launch = target.launch_s if target.launch_s is not None else profile.launch_s
     return Timing(launch, compute, memory), note
+
+
+def fits_on_chip(held_bytes: float, target: Target) -> bool:
+    """Whether weights and live activations stay on chip between calls."""
+    return held_bytes <= (target.on_chip_bytes or 0.0) / 2
 
 
 def _rate(dtype: str, target: Target, profile: Profile) -> float | None:
@@ -206,7 +227,13 @@ class _Timed:
 
     @classmethod
     def of(
-        cls, kernels: Iterable[Kernel], target: Target, profile: Profile, share: float
+        cls,
+        kernels: Iterable[Kernel],
+        target: Target,
+        profile: Profile,
+        share: float,
+        *,
+        cached_weights: bool,
     ) -> _Timed:
         rows: list[OpCost] = []
         by_bound: dict[Bound, float] = {}
@@ -214,7 +241,9 @@ class _Timed:
         total: float | None = 0.0
         busy = 0.0
         for kernel in kernels:
-            timing, note = time_kernel(kernel, target, profile, share)
+            timing, note = time_kernel(
+                kernel, target, profile, share, cached_weights=cached_weights
+            )
             if note:
                 notes[note] = None
             if timing is None:

@@ -43,7 +43,9 @@ class OnnxRuntimeBackend:
         return refusal(node)
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
-        return Estimate(None)
+        from trivium.backends.onnxruntime import cost
+
+        return cost.estimate(model, target, workload)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         files = models.save(model, request.folder / "model.onnx")

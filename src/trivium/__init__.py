@@ -16,18 +16,32 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from trivium.compiler.artifact import Artifact
     from trivium.compiler.build import compile, optimize
+    from trivium.compiler.compare import compare
     from trivium.compiler.errors import TriviumError
+    from trivium.compiler.plan import plan
     from trivium.compiler.verify import verify
 
 _PUBLIC = {
     "Artifact": "trivium.compiler.artifact",
     "TriviumError": "trivium.compiler.errors",
+    "compare": "trivium.compiler.compare",
     "compile": "trivium.compiler.build",
     "optimize": "trivium.compiler.build",
+    "plan": "trivium.compiler.plan",
     "verify": "trivium.compiler.verify",
 }
 
-__all__ = ["Artifact", "TriviumError", "__version__", "compile", "load", "optimize", "verify"]
+__all__ = [
+    "Artifact",
+    "TriviumError",
+    "__version__",
+    "compare",
+    "compile",
+    "load",
+    "optimize",
+    "plan",
+    "verify",
+]
 
 
 def load(path: str) -> Any:

@@ -1,0 +1,44 @@
+"""What a call costs when TVM compiled it.
+
+Nothing of TVM was measured for these figures: they are a prior (generic schedules, untuned), and
+the interval says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trivium.compiler.cost import Profile, roofline
+from trivium.compiler.types import Estimate, Family, Target, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_CALIBRATION = "a prior for untuned schedules; nothing of TVM was measured"
+
+PROFILES: dict[Family, Profile] = {
+    "cpu": Profile(
+        compute_efficiency=0.1,
+        memory_efficiency=0.7,
+        spread=1.2,
+        calibration=_CALIBRATION,
+        launch_s=2e-6,
+        call_s=2e-5,
+        arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
+    ),
+    "gpu": Profile(
+        compute_efficiency=0.3,
+        memory_efficiency=0.7,
+        spread=1.0,
+        calibration=_CALIBRATION,
+        launch_s=2.2e-6,
+        call_s=2e-5,
+        # Without tensor-core schedules everything runs in float32.
+        arithmetic=dict.fromkeys(("float32", "float16", "bfloat16", "int8", "int4"), ("float32",)),
+    ),
+}
+
+
+def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
+    """Predict one call of a legalized model."""
+    return roofline(model, target, workload, PROFILES[target.family])

@@ -1,0 +1,82 @@
+"""What a call costs when XLA compiled it.
+
+Calibrations, by family (``benchmarks/fit_profiles.py`` prints the GPU figures):
+
+- GPU: efficiencies from published bf16 GEMMs on A100, H100 and L40S; a family prior for others.
+- TPU: compute from MaxText's published training utilization (v4 and v5e, 50 to 67%), memory from
+  tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). An inference call of XLA's own was not measured.
+- CPU: ONNX Runtime's figures on one machine times the 1.03 to 1.31 by which XLA was slower on
+  MiniLM there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
+from trivium.compiler.passing import is_op
+from trivium.compiler.types import Estimate, Family, Target, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MELTING = (*ELEMENTWISE, "Transpose", "Slice", "Pad", "Expand", "Concat", "Split", "Gather")
+
+
+def melts(node: ir.Node) -> bool:
+    """XLA's loop fusion takes elementwise operators and most data movement."""
+    return is_op(node, *MELTING)
+
+
+DEQUANTIZED = ("tensorfloat32", "float32", "bfloat16")
+"""Q/DQ graphs are lowered literally: dequantized, then multiplied as floats."""
+
+FLOATS = {
+    "float32": ("tensorfloat32", "float32", "bfloat16"),
+    "int8": DEQUANTIZED,
+    "float8": DEQUANTIZED,
+    "int4": DEQUANTIZED,
+}
+"""XLA's default precision multiplies float32 in TF32 on a GPU and in bfloat16 on a TPU."""
+
+PROFILES: dict[Family, Profile] = {
+    "gpu": Profile(
+        compute_efficiency=0.688,
+        memory_efficiency=0.752,
+        spread=0.5,
+        calibration="published bf16 GEMMs on A100, H100, L40S (leave-one-out spread 0.31); "
+        "widened, since XLA's own kernels were not measured",
+        launch_s=2.2e-6,
+        call_s=2e-5,
+        fused=melts,
+        arithmetic=FLOATS,
+        notes=("call overhead of 20 us is assumed, not measured",),
+    ),
+    "tpu": Profile(
+        compute_efficiency=0.57,
+        memory_efficiency=0.83,
+        spread=0.7,
+        calibration="MaxText training utilization (v4, v5e) and an HBM copy on v6e; "
+        "no measured inference on a TPU",
+        launch_s=0.0,
+        call_s=2e-5,
+        fused=melts,
+        arithmetic=FLOATS,
+        notes=("call overhead of 20 us is assumed, not measured",),
+    ),
+    "cpu": Profile(
+        compute_efficiency=0.3,
+        memory_efficiency=0.9,
+        spread=0.9,
+        calibration="ONNX Runtime on one machine, times 1.15 as XLA was slower on MiniLM there",
+        launch_s=2e-6,
+        call_s=2e-5,
+        fused=melts,
+        arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
+    ),
+}
+
+
+def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
+    """Predict one call of a legalized model."""
+    return roofline(model, target, workload, PROFILES[target.family])
