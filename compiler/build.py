@@ -80,6 +80,7 @@ def optimize(
     shape: Sequence[str] = (),
     calibration: Iterable[Tensors] | None = None,
     target: Target | None = None,
+    backend: str | None = None,
     seed: int = 0,
 ) -> tuple[ir.Model, list[Applied]]:
     """Bring a model to normal form and run a recipe on it: ONNX in, ONNX out.
@@ -89,30 +90,25 @@ def optimize(
         recipe_name: A recipe, its name, or a TOML file.
         shape: ``NAME=1x128`` and ``DIM=128`` as on the command line.
         calibration: Feeds for passes that calibrate; may be iterated more than once.
-        target: Tells target-aware passes what they optimize for.
+        target, backend: Tell passes that ask what they optimize for; the backend is by default
+            that of the target.
 
     Returns:
         The model, and what each pass did.
     """
     model = models.load(source) if isinstance(source, (str, os.PathLike)) else source
     workload = shapes.parse(shape, models.signature(model)[0])
-    return model, _optimize(model, _recipe(recipe_name), workload, calibration, target, seed)
+    backend = target.backend if backend is None and target is not None else backend
+    context = recipe.Context(target, calibration, workload, seed, backend)
+    return model, _optimize(model, _recipe(recipe_name), context)
 
 
 def _recipe(given: str | Recipe) -> Recipe:
     return recipe.read(given) if isinstance(given, str) else given
 
 
-def _optimize(
-    model: ir.Model,
-    chosen: Recipe,
-    workload: Workload,
-    calibration: Iterable[Tensors] | None,
-    target: Target | None,
-    seed: int,
-) -> list[Applied]:
-    shapes.bind(model, workload)
-    context = recipe.Context(target, calibration, workload, seed)
+def _optimize(model: ir.Model, chosen: Recipe, context: recipe.Context) -> list[Applied]:
+    shapes.bind(model, context.workload)
     applied = recipe.run(recipe.read(recipe.NORMALIZE), model, context)
     return applied + recipe.run(chosen, model, context)
 
@@ -273,7 +269,8 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
 
     progress(f"recipe {job.recipe.name}")
     calibration = job.calibration if job.calibration is not None else feeds
-    applied = _optimize(model, job.recipe, workload, calibration, job.target, job.seed)
+    context = recipe.Context(job.target, calibration, workload, job.seed, job.backend.name)
+    applied = _optimize(model, job.recipe, context)
     preserves = job.recipe.preserves
     tolerance = verify.tolerance_for(model)
     optimized = source
@@ -497,7 +494,9 @@ def dry_run(
     workload = shapes.parse(job.shape, models.signature(model)[0])
     shapes.bind(model, workload)
     feeds = _feeds(model, job, workload)
-    applied = _optimize(model, job.recipe, workload, job.calibration or feeds, job.target, job.seed)
+    calibration = job.calibration or feeds
+    context = recipe.Context(job.target, calibration, workload, job.seed, job.backend.name)
+    applied = _optimize(model, job.recipe, context)
     prepared = legalize(model, job.backend, job.target, workload)
     estimate = None
     if not prepared.refusals:

@@ -107,12 +107,12 @@ def compare(
     workload = Workload()
     for given in recipes:
         chosen = recipe.read(given) if isinstance(given, str) else given
-        for optimized in _optimized(path, chosen, shape, calibration, seed, found, progress):
+        pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
+        for optimized in _optimized(path, chosen, shape, calibration, seed, pairs, progress):
             workload = optimized.workload
-            for target in optimized.targets:
-                for name in _backends_of(target, backends):
-                    progress(f"{target.name} with {name}")
-                    candidates.append(_candidate(optimized, target, name, chosen.name))
+            for target, name in optimized.pairs:
+                progress(f"{target.name} with {name}")
+                candidates.append(_candidate(optimized, target, name, chosen.name))
     if measure:
         timed = _Measurement(path, shape, calibration, seed, options or {}, progress)
         candidates = [timed.of(candidate) for candidate in candidates]
@@ -126,12 +126,11 @@ def all_targets() -> list[str]:
 
 @dataclass(frozen=True)
 class _Optimized:
-    """A model after a recipe, and the targets that it was optimized for."""
+    """A model after a recipe, and the targets and backends that it was optimized for."""
 
     model: ir.Model
     workload: Workload
-    targets: list[Target]
-    problem: str = ""
+    pairs: list[tuple[Target, str]]
 
 
 def _optimized(
@@ -140,14 +139,17 @@ def _optimized(
     shape: Sequence[str],
     calibration: str | os.PathLike[str] | Sequence[Tensors] | None,
     seed: int,
-    targets: Sequence[Target],
+    pairs: Sequence[tuple[Target, str]],
     progress: Progress,
 ) -> Iterator[_Optimized]:
-    """Run the recipe once, or once for each target where its passes look at the target."""
-    aware = any(_looks_at_target(step.name) for step in chosen.steps)
-    groups = [[target] for target in targets] if aware else [list(targets)]
-    for group in groups:
-        progress(f"recipe {chosen.name}" + (f" for {group[0].name}" if aware else ""))
+    """Run the recipe once, or once for each backend or target that its passes ask for."""
+    groups: dict[tuple[str, str], list[tuple[Target, str]]] = {}
+    by_target, by_backend = recipe.asks_for(chosen, "target"), recipe.asks_for(chosen, "backend")
+    for target, backend in pairs:
+        key = (target.name if by_target else "", backend if by_backend else "")
+        groups.setdefault(key, []).append((target, backend))
+    for key, group in groups.items():
+        progress(" ".join(("recipe", chosen.name, *key)))
         loaded = models.load(path)
         inputs, _ = models.signature(loaded)
         workload = shapes.parse(shape, inputs)
@@ -160,17 +162,11 @@ def _optimized(
             chosen,
             shape=shape,
             calibration=feeds,
-            target=group[0] if aware else None,
+            target=group[0][0] if by_target else None,
+            backend=group[0][1] if by_backend else None,
             seed=seed,
         )
         yield _Optimized(optimized, workload, group)
-
-
-def _looks_at_target(pass_name: str) -> bool:
-    import dataclasses
-
-    cls = plugins.get("trivium.passes", pass_name)
-    return any(f.metadata.get("context") == "target" for f in dataclasses.fields(cls))
 
 
 def _feeds(

@@ -66,6 +66,7 @@ class Context:
 
     Attributes:
         target: The device compiled for, if any.
+        backend: The name of the backend that the graph is meant for, if that is known.
         calibration: Feeds of representative inputs; may be iterated more than once.
         workload: Shapes that the user bound.
         seed: Of whatever a pass draws at random.
@@ -75,6 +76,13 @@ class Context:
     calibration: Iterable[Tensors] | None = None
     workload: Workload = field(default_factory=Workload)
     seed: int = 0
+    backend: str | None = None
+
+
+def asks_for(chosen: Recipe, name: str) -> bool:
+    """Whether a pass of a recipe has a field that the context's ``name`` fills in."""
+    classes = (plugins.get("trivium.passes", step.name) for step in chosen.steps)
+    return any(f.metadata.get("context") == name for c in classes for f in dataclasses.fields(c))
 
 
 def read(name_or_path: str) -> Recipe:

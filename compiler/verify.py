@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from trivium.compiler.errors import BadInput
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -240,3 +242,17 @@ def verify(artifact: Artifact, *, max_error: float | None = None) -> Verificatio
         max_error=gate,
         compared=compared,
     )
+
+
+def carried_feeds(artifact: Artifact) -> list[dict[str, Any]]:
+    """The feeds that an artifact was verified on.
+
+    Raises:
+        BadInput: It carries none, because no reference could run at its compile.
+    """
+    path = artifact.path / INPUTS
+    if not path.is_file():
+        raise BadInput(
+            "it carries no inputs", about=str(artifact.path), remedy="give --input X.npz"
+        )
+    return read_samples(path)

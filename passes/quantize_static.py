@@ -21,7 +21,6 @@ from trivium.passes.quantization.planning import Plan, plan
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
-    from trivium.compiler.types import Target
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class QuantizeStatic(Pass):
     """Put Q/DQ pairs where the target's engine turns them into integer kernels.
 
     Where that is, is data: see `trivium.passes.quantization.placement`. The placement is that of
-    the target's backend unless ``policy`` names one. Weights are int8, symmetric, by default with
-    a scale for each output channel; activations have one scale each, from calibration data that
-    is run through the graph once or a few times while only statistics are kept.
+    the backend compiled for unless ``policy`` names one. Weights are int8, symmetric, by default
+    with a scale for each output channel; activations have one scale each, from calibration data
+    that is run through the graph once or a few times while only statistics are kept.
 
     Left alone: what is quantized already (so that running twice changes nothing), subgraphs,
     weights with NaN or infinity, tensors that the calibration data never reaches or that hold NaN
@@ -60,7 +59,7 @@ class QuantizeStatic(Pass):
     op_types: tuple[str, ...] = option((), "Operators to quantize; none = all that the engine has")
     exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
 
-    target: Target | None = from_context("target")
+    backend: str | None = from_context("backend")
     calibration: Iterable[Tensors] | None = from_context("calibration")
 
     def run(self, model: ir.Model) -> bool:
@@ -78,8 +77,7 @@ class QuantizeStatic(Pass):
     def _placement(self) -> Placement:
         name = self.policy
         if name == "auto":
-            backend = self.target.backend if self.target is not None else DEFAULT
-            name = backend if backend in PLACEMENTS else DEFAULT
+            name = self.backend if self.backend in PLACEMENTS else DEFAULT
         return PLACEMENTS[name]
 
     def _chosen(self, node: ir.Node) -> bool:

@@ -76,7 +76,9 @@ class TvmBackend:
         return operators.refusal(node)
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
-        return Estimate(None, notes=("no cost model yet",))
+        from trivium.backends.tvm import cost
+
+        return cost.estimate(model, target, workload)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)

@@ -50,7 +50,9 @@ class XlaBackend:
         return refusal(node, _opset(node))
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
-        return Estimate(None, notes=("the XLA cost model is not installed",))
+        from trivium.backends.xla import cost
+
+        return cost.estimate(model, target, workload)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         target = request.target

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler import evaluate, measure, model, samples
+from trivium.compiler import evaluate, model, samples
 from trivium.compiler import verify as verification
 from trivium.compiler.artifact import MANIFEST, Artifact
 from trivium.compiler.commands import console
 from trivium.compiler.errors import AccuracyFailed, BadInput, ToolchainMissing
+from trivium.compiler.timing import time_calls
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.input:
         feeds = samples.read_npz(arguments.input, executable.inputs)
     else:
-        feeds = measure.carried_feeds(artifact)[:1]
+        feeds = verification.carried_feeds(artifact)[:1]
     results = [executable.run(feed) for feed in feeds]
     outputs = {
         name: np.concatenate([np.atleast_1d(result[name]) for result in results])
@@ -64,9 +65,9 @@ def bench(arguments: argparse.Namespace) -> int:
     """Time an artifact where it really runs."""
     artifact = Artifact.open(arguments.artifact)
     executable = artifact.load()
-    feed = measure.carried_feeds(artifact)[0]
-    timing = measure.time_runs(
-        lambda: executable.run(feed), runs=arguments.runs, seconds=arguments.seconds
+    feed = verification.carried_feeds(artifact)[0]
+    timing = time_calls(
+        lambda: executable.run(feed), budget_s=arguments.seconds, least=5, most=arguments.runs
     )
     target = artifact.manifest["target"]
     predicted = (artifact.manifest["estimate"] or {}).get("seconds")
@@ -74,9 +75,7 @@ def bench(arguments: argparse.Namespace) -> int:
         "target": target,
         "where": executable.where,
         "measures_target": executable.measures_target,
-        "latency_s": timing.median,
-        "ci_s": [timing.lo, timing.hi],
-        "runs": timing.runs,
+        **timing.to_json(),
         "predicted_s": predicted,
     }
     if arguments.json:
@@ -84,10 +83,10 @@ def bench(arguments: argparse.Namespace) -> int:
         return 0
     if not executable.measures_target:
         console.warn(f"this is not {target}: timed {executable.where}")
-    interval = f"{console.si(timing.lo, 's')} to {console.si(timing.hi, 's')}"
+    interval = " to ".join(console.si(bound, "s") for bound in timing.ci_s)
     console.print_facts(
         {
-            "median": f"{console.si(timing.median, 's')} (95%: {interval}, {timing.runs} runs)",
+            "median": f"{console.si(timing.median_s, 's')} (95%: {interval}, {timing.calls} runs)",
             "where": executable.where,
             "predicted": console.si(predicted, "s") if predicted else None,
         }
