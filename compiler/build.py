@@ -22,7 +22,7 @@ from trivium.compiler import targets as target_names
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, BadInput, ToolchainMissing, Unsupported
-from trivium.compiler.recipe import Applied, Recipe
+from trivium.compiler.recipe import Applied, Context, Recipe
 from trivium.compiler.types import Estimate, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def optimize(
     model = models.load(source) if isinstance(source, (str, os.PathLike)) else source
     workload = shapes.parse(shape, models.signature(model)[0])
     backend = target.backend if backend is None and target is not None else backend
-    context = recipe.Context(target, calibration, workload, seed, backend)
+    context = Context(target, calibration, workload, seed, backend)
     return model, _optimize(model, _recipe(recipe_name), context)
 
 
@@ -107,7 +107,7 @@ def _recipe(given: str | Recipe) -> Recipe:
     return recipe.read(given) if isinstance(given, str) else given
 
 
-def _optimize(model: ir.Model, chosen: Recipe, context: recipe.Context) -> list[Applied]:
+def _optimize(model: ir.Model, chosen: Recipe, context: Context) -> list[Applied]:
     shapes.bind(model, context.workload)
     applied = recipe.run(recipe.read(recipe.NORMALIZE), model, context)
     return applied + recipe.run(chosen, model, context)
@@ -269,7 +269,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
 
     progress(f"recipe {job.recipe.name}")
     calibration = job.calibration if job.calibration is not None else feeds
-    context = recipe.Context(job.target, calibration, workload, job.seed, job.backend.name)
+    context = Context(job.target, calibration, workload, job.seed, job.backend.name)
     applied = _optimize(model, job.recipe, context)
     preserves = job.recipe.preserves
     tolerance = verify.tolerance_for(model)
@@ -495,7 +495,7 @@ def dry_run(
     shapes.bind(model, workload)
     feeds = _feeds(model, job, workload)
     calibration = job.calibration or feeds
-    context = recipe.Context(job.target, calibration, workload, job.seed, job.backend.name)
+    context = Context(job.target, calibration, workload, job.seed, job.backend.name)
     applied = _optimize(model, job.recipe, context)
     prepared = legalize(model, job.backend, job.target, workload)
     estimate = None

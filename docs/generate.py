@@ -1,8 +1,8 @@
 """Generate the pages that the code knows best: ``python docs/generate.py [--check | --support]``.
 
 ``docs/passes.md`` and ``docs/targets.md`` are read off the code in a second; ``--check`` holds
-them, and every link of every page, to what is there. ``docs/support.md`` compiles every model for every
-backend (half an hour), so it is made with ``--support`` and checked only for its list of backends.
+them, and every link of every page, to what is there. ``docs/support.md`` compiles every model for
+every backend (half an hour), so it is made with ``--support`` and checked for its columns only.
 """
 
 from __future__ import annotations

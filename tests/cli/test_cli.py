@@ -214,6 +214,36 @@ def test_an_unreadable_model(tmp_path: Path) -> None:
     assert "permission" in trivium("compile", model, "--target", "cpu", code=2).stderr
 
 
+def test_dry_run_builds_nothing(resnet: Path, tmp_path: Path) -> None:
+    shown = document("compile", resnet, "--target", "cpu", "--recipe", "int8", "--dry-run",
+                     "--shape", "N=1", "-o", tmp_path / "out")  # fmt: skip
+    assert {row["name"]: row["modified"] for row in shown["applied"]}["quantize-static"]
+    assert shown["estimate"]["lo"] < shown["estimate"]["seconds"] < shown["estimate"]["hi"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_every_refusal(shared_data: Find, tmp_path: Path) -> None:
+    model = shared_data("models/espcn_x3_qonnx.onnx")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "trivium.compiler.cli",
+            "compile",
+            str(model),
+            "--target",
+            "cpu",
+            "--dry-run",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert len(json.loads(done.stdout)["refusals"]) == 8
+
+
 def test_max_error_gates(resnet: Path, tmp_path: Path) -> None:
     done = trivium("compile", resnet, "--target", "cpu", "--max-error", "1e-12", "--no-cache",
                    "-o", tmp_path / "out", code=6)  # fmt: skip
