@@ -86,6 +86,11 @@ class Artifact:
         return backend
 
     @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """The signature; a dimension that takes several sizes is its name, as in the model."""
+        return tuple(_tensor_info(table) for table in self.manifest["inputs"])
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         return tuple(
             Program(

@@ -168,7 +168,8 @@ def compile(
         out: The artifact's folder; by default ``<model>.<target>`` in the working directory.
         backend: One of the target's backends, instead of its default.
         recipe: The passes to run between normal form and the backend.
-        shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension.
+        shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension, ``DIM=16,64`` for
+            one that takes several sizes.
         calibration: Representative inputs: an ``.npz`` file, or feeds.
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
@@ -281,7 +282,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     prepared = legalize(model, job.backend, job.target, workload)
     if prepared.refusals:
         raise refused(prepared, job.target)
-    estimate = job.backend.estimate(model, job.target, workload)
+    estimate = job.backend.estimate(model, job.target, shapes.each(workload)[-1])
 
     progress(f"building with {job.backend.name}")
     built = job.backend.build(
@@ -309,7 +310,11 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
             "applied": [asdict(row) for row in (*applied, *prepared.applied)],
         },
         "toolchain": job.backend.toolchain(),
-        "workload": {"dims": dict(workload.dims), "shapes": dict(workload.shapes)},
+        "workload": {
+            "dims": dict(workload.dims),
+            "shapes": dict(workload.shapes),
+            "buckets": dict(workload.buckets),
+        },
         "inputs": [asdict(info) for info in prepared.inputs],
         "outputs": [asdict(info) for info in prepared.outputs],
         "programs": [asdict(program) for program in built.programs],
@@ -361,7 +366,11 @@ def _feeds(model: ir.Model, job: Job, workload: Workload) -> list[dict[str, Any]
     """The samples to verify on: the user's first ones, or seeded ones."""
     if job.calibration:
         return [dict(feed) for feed in job.calibration[:SAMPLES]]
-    return samples.seeded(model, workload, count=SAMPLES, seed=job.seed)
+    cases = shapes.each(workload)
+    count = SAMPLES if len(cases) == 1 else 1
+    return [
+        feed for case in cases for feed in samples.seeded(model, case, count=count, seed=job.seed)
+    ]
 
 
 def _feeds_that_run(

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from trivium.compiler.errors import BadInput
@@ -14,28 +16,34 @@ from trivium.compiler.types import TensorInfo, Workload
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FORM = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*)")
+_FORM = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|\d+(,\d+)+)")
 
 
 def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
-    """Read ``ids=1x128`` (a whole input) and ``seq=128`` (a symbolic dimension).
+    """Read ``ids=1x128`` (a whole input), ``seq=128`` (a symbolic dimension) and ``seq=16,64``
+    (one that takes several sizes).
 
     Raises:
         BadInput: Not of that form, or a name that the model does not have.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dims: dict[str, int] = {}
+    buckets: dict[str, tuple[int, ...]] = {}
     infos = {info.name: info for info in inputs}
     symbols = {d for info in infos.values() for d in info.shape if isinstance(d, str)}
     for item in items:
         match = _FORM.fullmatch(item)
         if match is None:
-            raise BadInput("not of the form NAME=1x128 or DIM=128", about=f"--shape {item}")
+            raise BadInput(
+                "not of the form NAME=1x128, DIM=128 or DIM=16,64", about=f"--shape {item}"
+            )
         name = match["name"]
-        sizes = tuple(int(size) for size in match["dims"].split("x"))
+        sizes = tuple(int(size) for size in re.split("[x,]", match["dims"]))
         if any(size < 1 for size in sizes):
             raise BadInput("a dimension must be at least 1", about=f"--shape {item}")
-        if name in infos:
+        if "," in match["dims"] and name in symbols:
+            buckets[name] = tuple(sorted(set(sizes)))
+        elif name in infos and "," not in match["dims"]:
             _check_rank(item, infos[name], sizes)
             shapes[name] = sizes
         elif name in symbols and len(sizes) == 1:
@@ -46,7 +54,23 @@ def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
                 about=f"--shape {item}",
                 remedy=_what_there_is(infos.values()),
             )
-    return workload(dims, shapes, infos)
+    bound = workload(dims, shapes, infos)
+    twice = next((name for name in buckets if name in bound.dims), None)
+    if twice is not None:
+        raise BadInput(
+            f"the dimension {twice!r} is bound to both {bound.dims[twice]} and several sizes",
+            about="--shape",
+        )
+    return replace(bound, buckets=buckets)
+
+
+def each(workload: Workload) -> list[Workload]:
+    """Return the workload once for each combination of its buckets, the largest last."""
+    names = list(workload.buckets)
+    return [
+        replace(workload, dims={**workload.dims, **dict(zip(names, sizes, strict=True))})
+        for sizes in product(*workload.buckets.values())
+    ]
 
 
 def workload(

@@ -70,11 +70,14 @@ class Workload:
     Attributes:
         dims: Values for the model's symbolic dimensions.
         shapes: Whole shapes for named inputs, where the user gave them.
+        buckets: Symbolic dimensions that take one of several sizes, ascending. A backend that
+            needs them fixed builds a program for each; `shapes.each` lists them.
         batch, prompt_tokens, new_tokens, concurrency: For generators.
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    buckets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     batch: int = 1
     prompt_tokens: int | None = None
     new_tokens: int | None = None

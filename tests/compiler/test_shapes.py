@@ -1,0 +1,47 @@
+"""Binding dimensions: one size, whole inputs, several sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from trivium.compiler import shapes
+from trivium.compiler.errors import BadInput
+from trivium.compiler.types import TensorInfo
+
+INPUTS = (
+    TensorInfo("ids", "int64", ("batch", "seq")),
+    TensorInfo("mask", "int64", ("batch", "seq")),
+)
+
+
+def test_several_sizes_are_one_case_each_the_largest_last() -> None:
+    workload = shapes.parse(["seq=64,16,16", "batch=2"], INPUTS)
+    assert workload.buckets == {"seq": (16, 64)}
+    assert [case.dims for case in shapes.each(workload)] == [
+        {"batch": 2, "seq": 16},
+        {"batch": 2, "seq": 64},
+    ]
+    both = shapes.parse(["seq=16,64", "batch=1,8"], INPUTS)
+    assert len(shapes.each(both)) == 4
+    assert shapes.each(both)[-1].dims == {"seq": 64, "batch": 8}
+
+
+def test_without_several_sizes_there_is_one_case() -> None:
+    workload = shapes.parse(["ids=2x16"], INPUTS)
+    assert shapes.each(workload) == [workload]
+    assert workload.dims == {"batch": 2, "seq": 16}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["ids=1x16,2x32"], "not of the form"),
+        (["ids=1,16"], "no input or symbolic dimension"),
+        (["seq=16,0"], "must be at least 1"),
+        (["seq=8", "seq=16,32"], "'seq' is bound to both 8 and several sizes"),
+        (["depth=1,2"], "no input or symbolic dimension 'depth'"),
+    ],
+)
+def test_what_is_wrong_is_said(items: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        shapes.parse(items, INPUTS)
