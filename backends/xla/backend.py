@@ -10,7 +10,7 @@ and no run on a CPU would show it) and ``deadline=SECONDS``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ from trivium.compiler import shapes
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
-from trivium.compiler.types import Built, Estimate, Program, Target, Workload
+from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 WEIGHTS = "weights.safetensors"
+MODEL = "model.onnx"
 _OPTIONS = ("partition", "precision", "deadline")
 _PRECISIONS = ("highest", "high", "default")
 
@@ -60,12 +61,13 @@ class XlaBackend:
         platforms.require(device.platform, target.name)
         deadline = _check_options(request.options)
         precision = request.options.get("precision", _PRECISIONS[0])
-        inputs, outputs = models.signature(model)
-        shapes.require_static(inputs, "XLA")
-        write_model(model, request.folder, "main.onnx")
+        cases = {_case_name(case): dict(case.dims) for case in shapes.each(request.workload)}
+        shapes.require_static(_without_buckets(model, request.workload), "XLA")
+        write_model(model, request.folder, MODEL)
         job = {
             "folder": str(request.folder.resolve()),
-            "models": {"main": "main.onnx"},
+            "model": MODEL,
+            "programs": cases,
             "target": target.name,
             "device": asdict(device),
             "memory_bytes": target.memory_bytes,
@@ -75,7 +77,13 @@ class XlaBackend:
         result = process.run(job, platforms.environment(device), deadline)
         return Built(
             programs=tuple(
-                Program(name, f"{name}.stablehlo", inputs, outputs) for name in result["programs"]
+                Program(
+                    name,
+                    f"{name}.stablehlo",
+                    _tensor_infos(one.pop("inputs")),
+                    _tensor_infos(one.pop("outputs")),
+                )
+                for name, one in result["programs"].items()
             ),
             weights=WEIGHTS,
             memory=_memory(result, device),
@@ -88,6 +96,23 @@ class XlaBackend:
 
         platforms.require("cpu", str(artifact.path))
         return XlaExecutable(artifact)
+
+
+def _case_name(case: Workload) -> str:
+    """What the program of one combination of buckets is called: ``main`` if there is but one."""
+    return "-".join(f"{dim}{case.dims[dim]}" for dim in case.buckets) or "main"
+
+
+def _without_buckets(model: ir.Model, workload: Workload) -> list[TensorInfo]:
+    """The model's inputs, its bucketed dimensions taken as fixed."""
+    return [
+        replace(info, shape=tuple(0 if dim in workload.buckets else dim for dim in info.shape))
+        for info in models.signature(model)[0]
+    ]
+
+
+def _tensor_infos(tables: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in tables)
 
 
 def write_model(model: ir.Model, folder: Path, name: str) -> None:

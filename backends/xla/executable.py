@@ -43,9 +43,10 @@ class XlaExecutable:
         stored = weights.read(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
         self._programs = [
-            self._load(artifact.path, program, on_target) for program in artifact.programs
+            (program.inputs, self._load(artifact.path, program, on_target))
+            for program in artifact.programs
         ]
-        self.inputs: Sequence[TensorInfo] = artifact.programs[0].inputs
+        self.inputs: Sequence[TensorInfo] = artifact.inputs
         self._place(stored)
 
     def _load(self, folder: Path, program: Program, on_target: bool) -> Any:
@@ -89,17 +90,34 @@ class XlaExecutable:
 
         from trivium.backends.xla.lowering import precise
 
-        ready = {}
-        for info in self.inputs:
-            if info.name not in feeds:
-                raise BadInput(f"the input {info.name!r} is missing", about="run")
-            ready[info.name] = conform(feeds[info.name], info, about="run")
+        inputs, program = self._program_for(feeds)
+        ready = {info.name: conform(feeds[info.name], info, about="run") for info in inputs}
         try:
             with precise():
-                results = self._programs[0](self._weights, ready)
+                results = program(self._weights, ready)
                 return {name: np.asarray(value) for name, value in results.items()}
         except Exception as error:  # XLA raises one kind for everything, jax several more
             raise BackendFailed(one_line(error), about="XLA") from error
+
+    def _program_for(self, feeds: Tensors) -> tuple[Sequence[TensorInfo], Any]:
+        """The program that takes feeds of these shapes; the only one, if there is but one."""
+        import numpy as np
+
+        missing = next((info.name for info in self.inputs if info.name not in feeds), None)
+        if missing is not None:
+            raise BadInput(f"the input {missing!r} is missing", about="run")
+        if len(self._programs) == 1:
+            return self._programs[0]
+        for inputs, program in self._programs:
+            if all(np.shape(feeds[info.name]) == info.shape for info in inputs):
+                return inputs, program
+        name = self.inputs[0].name
+        built = ", ".join(str(list(inputs[0].shape)) for inputs, _ in self._programs)
+        raise BadInput(
+            f"no program takes {name!r} of shape {list(np.shape(feeds[name]))} with these others",
+            about="run",
+            remedy=f"built are the shapes {built}; pad to one, or compile with more --shape sizes",
+        )
 
 
 def local_devices(platform: str) -> list[Any]:

@@ -24,14 +24,16 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trivium.backends.xla import hlo, partition, platforms, riegeli
 from trivium.backends.xla.platforms import Device
+from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
-from trivium.compiler.types import TensorInfo
+from trivium.compiler.types import TensorInfo, Workload
 
 Json = dict[str, Any]
 
@@ -85,8 +87,8 @@ def build(job: Mapping[str, Any]) -> Json:
     devices = compile_devices(device)
     ready = time.perf_counter()
     programs = {
-        name: build_program(name, Path(job["folder"]) / file, job, device, devices)
-        for name, file in job["models"].items()
+        name: build_program(name, dims, job, device, devices)
+        for name, dims in job["programs"].items()
     }
     return {
         "programs": programs,
@@ -118,25 +120,32 @@ def compile_devices(device: Device) -> list[Any]:
 
 
 def build_program(
-    name: str, model_path: Path, job: Mapping[str, Any], device: Device, devices: list[Any]
+    name: str, dims: Mapping[str, int], job: Mapping[str, Any], device: Device, devices: list[Any]
 ) -> Json:
-    """Export one model, compile the export for the devices, and write both down."""
+    """Export the model for one set of shapes, compile the export, and write both down.
+
+    Args:
+        dims: Sizes of the model's symbolic dimensions.
+    """
     import onnx_ir as ir
 
     from trivium.backends.xla.lowering import lower
 
     started = time.perf_counter()
-    folder = model_path.parent
-    lowered = lower(ir.load(model_path))
+    folder = Path(job["folder"])
+    model = ir.load(folder / job["model"])
+    shapes.bind(model, Workload(dims=dims))
+    lowered = lower(model)
     exported = export(lowered, device, job["precision"])
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     exported_at = time.perf_counter()
 
-    split = partition.choose(lowered.inputs, lowered.outputs, len(devices), job.get("partition"))
+    outputs = _outputs(lowered, exported)
+    split = partition.choose(lowered.inputs, outputs, len(devices), job.get("partition"))
     fits = partial(_require_fit, capacity=_capacity(job, len(devices)), target=job["target"])
     weights_bytes = sum(tensor.nbytes for tensor in lowered.weights.values())
     fits({"weights": weights_bytes})
-    compiled = compile_export(exported, lowered, split, devices)
+    compiled = compile_export(exported, lowered, outputs, split, devices)
     compiled_at = time.perf_counter()
 
     text = compiled.as_text()
@@ -144,6 +153,8 @@ def build_program(
     memory = _memory(compiled)
     fits(memory)
     return {
+        "inputs": [asdict(info) for info in lowered.inputs],
+        "outputs": [asdict(info) for info in outputs],
         "partition": split.to_json(),
         "memory": memory,
         "weights_bytes": weights_bytes,
@@ -190,8 +201,20 @@ def avals(lowered: Any) -> tuple[Json, Json]:
     return weights, inputs
 
 
+def _outputs(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
+    """The outputs with the shapes that tracing found; the model may leave theirs open."""
+    import jax
+
+    found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return tuple(replace(info, shape=tuple(found[info.name].shape)) for info in lowered.outputs)
+
+
 def compile_export(
-    exported: Any, lowered: Any, split: partition.Partition, devices: Sequence[Any]
+    exported: Any,
+    lowered: Any,
+    outputs: Sequence[TensorInfo],
+    split: partition.Partition,
+    devices: Sequence[Any],
 ) -> Any:
     """Compile an export for a mesh of devices, spread as the partition says."""
     import jax
@@ -202,7 +225,6 @@ def compile_export(
 
     mesh = Mesh(np.array(devices), (partition.AXIS,))
     given: Sequence[TensorInfo] = lowered.inputs
-    made: Sequence[TensorInfo] = lowered.outputs
     whole = partition.whole(mesh)
     with precise():
         program = jax.jit(
@@ -211,7 +233,7 @@ def compile_export(
                 dict.fromkeys(lowered.weights, whole),
                 partition.shardings(split, mesh, given, "inputs"),
             ),
-            out_shardings=partition.shardings(split, mesh, made, "outputs"),
+            out_shardings=partition.shardings(split, mesh, outputs, "outputs"),
         )
         return program.lower(*avals(lowered)).compile()
 

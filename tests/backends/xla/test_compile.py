@@ -268,11 +268,37 @@ def test_open_dimensions_are_named(shared_data: SharedData, tmp_path: Path) -> N
 
 @needs_cpu
 @pytest.mark.slow
+def test_one_artifact_holds_a_program_for_each_size(
+    shared_data: SharedData, tmp_path: Path
+) -> None:
+    source = shared_data("models/mlperf_ad_autoencoder_fp32.onnx")
+    artifact = compiled(source, CPU, tmp_path, "N=1,4")
+    assert [program.name for program in artifact.programs] == ["N1", "N4"]
+    assert [program.outputs[0].shape for program in artifact.programs] == [(1, 640), (4, 640)]
+    compared = artifact.manifest["verification"]
+    assert (compared["status"], compared["compared"]["samples"]) == ("passed", 2)
+    stored = (artifact.path / "weights.safetensors").stat().st_size
+    assert stored < 1.01 * artifact.manifest["memory"]["weights_bytes"] + 8192
+
+    executable = trivium.load(str(artifact.path))
+    rng = np.random.default_rng(0)
+    name = executable.inputs[0].name
+    for rows in (1, 4):
+        x = rng.standard_normal((rows, 640)).astype(np.float32)
+        want = ort.InferenceSession(source).run(None, {name: x})[0]
+        (have,) = executable.run({name: x}).values()
+        np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BadInput, match=r"shape \[2, 640\].*built are the shapes \[1, 640\], \[4"):
+        executable.run({name: np.zeros((2, 640), np.float32)})
+
+
+@needs_cpu
+@pytest.mark.slow
 def test_weights_are_stored_once_and_damage_is_noticed(tmp_path: Path) -> None:
     artifact = compiled(saved(small_model(width=4096), tmp_path), CPU, tmp_path)
     sizes = {path.name: path.stat().st_size for path in artifact.path.iterdir()}
     assert sizes["weights.safetensors"] < 4096 * 4 * 4 + 500
-    assert sizes["main.onnx"] + sizes["main.stablehlo"] < 8000
+    assert sizes["model.onnx"] + sizes["main.stablehlo"] < 8000
 
     executable = trivium.load(str(artifact.path))
     with pytest.raises(BadInput, match="the input 'x' is missing"):
