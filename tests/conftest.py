@@ -12,6 +12,12 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TRIVIUM_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the golden files from what is emitted"
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Return a function from a path below the test data to the file; skips where it is absent."""

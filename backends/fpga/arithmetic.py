@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 FLOAT32_INTEGERS = 1 << 24
 """float32 holds every integer up to here."""
 
+MULTIPLIER_BITS = 48
+"""Of the widest multiplier; scales 2**24 apart still share a shift."""
+
 MAX_SHIFT = 50
 """Of a requantization; a scale below 2**-26 has no use on integers of 24 bits."""
 
@@ -51,7 +54,7 @@ def fixed_point(scales: Array) -> tuple[Array, int]:
     shifts = 24 - exponent - zeros
     shift = max(int(shifts.max()), 1)
     left = shift - shifts
-    if int(left.max()) > 36:
+    if int((left + np.frexp(significand)[1]).max()) > MULTIPLIER_BITS:
         raise ValueError(f"the scales {scales.min():g} and {scales.max():g} are too far apart")
     return significand << left, shift
 
@@ -62,7 +65,14 @@ def requantizer(scales: Array, zero_point: int, lo: int, hi: int, accumulator: R
     Raises:
         ValueError: The product with the accumulator does not fit 64 bits; see also `fixed_point`.
     """
-    multiplier, shift = fixed_point(scales)
+    import numpy as np
+
+    scales = np.asarray(scales, np.float32)
+    # A channel that always rounds to zero (pruned, say) must not widen the others' multipliers.
+    live = scales * np.float32(max(-accumulator.lo, accumulator.hi)) > 0.5
+    multiplier, shift = np.zeros(scales.shape, np.int64), 1
+    if live.any():
+        multiplier[live], shift = fixed_point(scales[live])
     largest = int(multiplier.max())
     product = Range(min(accumulator.lo, 0) * largest, max(accumulator.hi, 0) * largest)
     if product.bits > PRODUCT_BITS or shift > MAX_SHIFT:

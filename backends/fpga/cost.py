@@ -1,8 +1,9 @@
 """Fabric and time of a folded `Dataflow`, before any tool has seen it.
 
-Cycles are the trip counts of the emitted loops. Resources follow from widths: a product of more
-than 4 by 4 bits takes DSP slices of 27 x 18 bits, an adder a LUT for each bit, a memory the block
-RAM shape that wastes least. Nothing here was calibrated on a Vitis run: the intervals are wide.
+Cycles are the trip counts of the emitted loops and the filling of their pipelines. Resources follow
+from widths: a product of more than 4 by 4 bits takes DSP slices of 27 x 18 bits, an adder a LUT for
+each bit, a memory the block RAM shape that wastes least. Nothing here was calibrated on a Vitis
+run: the intervals are wide.
 """
 
 from __future__ import annotations
@@ -27,15 +28,12 @@ USABLE: Mapping[str, float] = {"lut": 0.7, "ff": 0.7, "dsp": 0.9, "bram_18k": 0.
 """Share of a device beyond which placement and timing fail in practice."""
 
 DEFAULT_CLOCK_HZ = 100e6
-PIPELINE_DEPTH = 12
-"""Cycles from a layer's first input to its result; a usual depth for these loops."""
-
 MEMORY_LATENCY = 150
 """Cycles until the first word of a burst comes from external memory."""
 
 CALIBRATION = (
-    "trip counts of the emitted loops at the clock asked for; no Vitis run was measured, "
-    "the interval allows for a clock missed by half and a pipeline 10% shorter"
+    "trip counts of the emitted loops, with usual pipeline depths, at the clock asked for; no "
+    "Vitis run was measured, and the interval allows for a clock missed by half"
 )
 
 Resources = dict[str, float]
@@ -258,7 +256,7 @@ def _rows_done(
                 now = max(now, ready[0][taken]) + spent.fetch_row
                 taken += 1
         now += spent.compute_row
-        rows.append(now + PIPELINE_DEPTH)
+        rows.append(now)
     return rows
 
 

@@ -21,6 +21,13 @@ MAX_INPUT_LANES = 8
 """Channels of the model's input that are read from memory in a cycle (64 bits of int8)."""
 
 
+LOOP_ENTRY = 4
+"""Cycles to enter a pipelined loop that only moves data."""
+
+PIPELINE_DEPTH = 12
+"""Cycles from a product to its rounded result; a usual depth of these loops."""
+
+
 @dataclass(frozen=True)
 class Fold:
     """Of one layer; for a model's input, ``pe`` is the number of channels read in a cycle."""
@@ -80,27 +87,33 @@ def check(flow: ir.Dataflow, folding: Folding) -> None:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Clock cycles of one frame: reading one input row, computing one output row, and in all."""
+    """Clock cycles: reading one input row, computing one output row, and for a frame in all.
+
+    Attributes:
+        products: Of ``compute_row``, the trips of the loop, without filling its pipeline.
+    """
 
     fetch_row: int
     compute_row: int
     frame: int
+    products: int
 
 
 def cycles(layer: ir.Layer, flow: ir.Dataflow, folding: Folding) -> Cycles:
-    """The trip counts of the emitted loops, exactly."""
+    """The trip counts of the emitted loops, and what it takes to fill their pipelines."""
     source, result = flow.input_of(layer), flow.output_of(layer)
     fold = folding[layer.name]
     if isinstance(layer, (ir.Add, ir.Table)):
         row = result.shape[1] * result.channels // fold.pe
-        return Cycles(0, row, row * result.shape[0])
-    fetch = source.shape[1] * source.channels // folding[layer.inputs[0]].pe
+        return Cycles(0, row, row * result.shape[0] + PIPELINE_DEPTH, row)
+    fetch = LOOP_ENTRY + source.shape[1] * source.channels // folding[layer.inputs[0]].pe
     window = getattr(layer, "window", ir.Window())
     steps = window.kernel[0] * window.kernel[1] * (result.channels // fold.pe)
     if isinstance(layer, ir.Convolution):
         steps *= source.channels // fold.simd
-    compute = result.shape[1] * steps
-    return Cycles(fetch, compute, fetch * source.shape[0] + compute * result.shape[0])
+    products = result.shape[1] * steps
+    compute = PIPELINE_DEPTH + products
+    return Cycles(fetch, compute, fetch * source.shape[0] + compute * result.shape[0], products)
 
 
 def relanes(flow: ir.Dataflow, folding: Folding) -> list[tuple[ir.Add, str]]:
@@ -116,7 +129,8 @@ def relanes(flow: ir.Dataflow, folding: Folding) -> list[tuple[ir.Add, str]]:
 
 def relane_cycles(tensor: ir.Tensor, source: int, result: int) -> int:
     """Cycles to change the lanes of a whole frame."""
-    return tensor.pixels * (tensor.channels // source + tensor.channels // result)
+    loops = tensor.channels // source + tensor.channels // result
+    return tensor.pixels * (loops + 2 * LOOP_ENTRY)
 
 
 def interval(flow: ir.Dataflow, folding: Folding) -> int:
