@@ -119,9 +119,11 @@ def _configuration(name: str, one: Code) -> str:
     ]
     if one.requantize is not None:
         body = f"requantize<{name}_layer>(sum, multiplier)" if one.requantize else "Out(sum)"
-        unused = "multiplier" if one.requantize else ""
+        second = "Multiplier multiplier" if one.requantize else "Multiplier"
         lines += [
-            f"    static Out finish(Accumulator sum, Multiplier {unused}) {{ return {body}; }}"
+            f"    static Out finish(Accumulator sum, {second}) {{",
+            f"        return {body};",
+            "    }",
         ]
     return "\n".join([*lines, "};", ""])
 

@@ -48,7 +48,9 @@ struct convolution0_layer {
     static constexpr int ZERO_POINT = 145;
     static constexpr int LO = 0;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<convolution0_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<convolution0_layer>(sum, multiplier);
+    }
 };
 
 struct convolution1_layer {
@@ -85,7 +87,9 @@ struct convolution1_layer {
     static constexpr int ZERO_POINT = 132;
     static constexpr int LO = 132;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<convolution1_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<convolution1_layer>(sum, multiplier);
+    }
 };
 
 struct depthwise0_layer {
@@ -120,7 +124,9 @@ struct depthwise0_layer {
     static constexpr int ZERO_POINT = 236;
     static constexpr int LO = 0;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<depthwise0_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<depthwise0_layer>(sum, multiplier);
+    }
 };
 
 struct add0_layer {
@@ -206,7 +212,9 @@ struct convolution2_layer {
     static constexpr int ZERO_POINT = 152;
     static constexpr int LO = 0;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<convolution2_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<convolution2_layer>(sum, multiplier);
+    }
 };
 
 struct average_pool0_layer {
@@ -241,7 +249,9 @@ struct average_pool0_layer {
     static constexpr int ZERO_POINT = 230;
     static constexpr int LO = 0;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<average_pool0_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<average_pool0_layer>(sum, multiplier);
+    }
 };
 
 struct convolution3_layer {
@@ -278,7 +288,9 @@ struct convolution3_layer {
     static constexpr int ZERO_POINT = 214;
     static constexpr int LO = 0;
     static constexpr int HI = 255;
-    static Out finish(Accumulator sum, Multiplier multiplier) { return requantize<convolution3_layer>(sum, multiplier); }
+    static Out finish(Accumulator sum, Multiplier multiplier) {
+        return requantize<convolution3_layer>(sum, multiplier);
+    }
 };
 
 extern "C" void trivium_top(const uint8_t* in0, uint8_t* out0, int frames) {
