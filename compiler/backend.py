@@ -33,6 +33,8 @@ class BuildRequest:
         folder: Where to write; everything the backend needs at run time goes in here.
         samples: A few feeds of real or seeded inputs (name -> array), for golden data and
             warm-up; the verifier uses the same.
+        expected: Outputs of the graph before it was legalized, for each sample, by the reference
+            engine; empty where no reference run was possible.
         options: Backend options from the command line (``--option key=value``).
         estimate: What the backend's own cost model predicts, if it could.
     """
@@ -41,6 +43,7 @@ class BuildRequest:
     workload: Workload
     folder: Path
     samples: Sequence[Tensors] = ()
+    expected: Sequence[Tensors] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     estimate: Estimate | None = None
 

@@ -286,7 +286,16 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
 
     progress(f"building with {job.backend.name}")
     built = job.backend.build(
-        model, BuildRequest(job.target, workload, folder, feeds, job.options, estimate)
+        model,
+        BuildRequest(
+            job.target,
+            workload,
+            folder,
+            samples=feeds,
+            expected=optimized.outputs if optimized is not None and not random else (),
+            options=job.options,
+            estimate=estimate,
+        ),
     )
     (folder / "recipe.lock.toml").write_text(
         recipe.lock(
