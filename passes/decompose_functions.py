@@ -36,14 +36,13 @@ class DecomposeFunctions(Pass):
 
     def run(self, model: ir.Model) -> bool:
         modified = False
-        wanted = frozenset(self.operators)
         # Bodies nest a few levels at most (Attention -> Softmax -> ReduceMax); a body that holds
         # its own operator would never end.
         for _ in range(8):
             opened = [
                 node
                 for node in model.graph.all_nodes()
-                if node.domain == "" and node.op_type in wanted and _open(model, node)
+                if node.domain == "" and self.wants(node) and _open(model, node)
             ]
             if not opened:
                 return modified
@@ -52,6 +51,10 @@ class DecomposeFunctions(Pass):
             common.ShapeInferencePass()(model)
             modified = True
         return modified
+
+    def wants(self, node: ir.Node) -> bool:
+        """Whether to open a node of the standard domain; a backend may ask about more."""
+        return node.op_type in self.operators
 
 
 def _open(model: ir.Model, node: ir.Node) -> bool:
