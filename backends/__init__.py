@@ -6,5 +6,6 @@ BACKENDS: dict[str, str] = {
     "fpga": "trivium.backends.fpga.backend:BACKEND",
     "onnxruntime": "trivium.backends.onnxruntime.backend:BACKEND",
     "xla": "trivium.backends.xla.backend:BACKEND",
+    "tensorrt": "trivium.backends.tensorrt.backend:BACKEND",
     "tvm": "trivium.backends.tvm.backend:BACKEND",
 }
