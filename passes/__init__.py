@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "infer-shapes": "trivium.passes.infer_shapes:InferShapes",
     "lift-constants": "trivium.passes.lift_constants:LiftConstants",
     "recognize-activations": "trivium.passes.recognize_activations:RecognizeActivations",
+    "recognize-attention": "trivium.passes.recognize_attention:RecognizeAttention",
     "recognize-normalization": "trivium.passes.recognize_normalization:RecognizeNormalization",
     "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
@@ -25,5 +26,7 @@ PASSES: dict[str, str] = {
     "simplify": "trivium.passes.simplify:Simplify",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",
+    "trace-dims": "trivium.passes.trace_dims:TraceDims",
+    "unflatten-softmax": "trivium.passes.unflatten_softmax:UnflattenSoftmax",
     "unique-names": "trivium.passes.unique_names:UniqueNames",
 }

@@ -16,6 +16,8 @@ from trivium.passes.remove_dead_code import RemoveDeadCode
 from trivium.passes.remove_identities import RemoveIdentities
 from trivium.passes.remove_no_ops import RemoveNoOps
 from trivium.passes.share_duplicates import ShareDuplicates
+from trivium.passes.trace_dims import TraceDims
+from trivium.passes.unflatten_softmax import UnflattenSoftmax
 
 ROUNDS = (
     LiftConstants(),
@@ -25,6 +27,8 @@ ROUNDS = (
     LiftConstants(),
     RemoveIdentities(),
     RemoveNoOps(),
+    UnflattenSoftmax(),
+    TraceDims(),
     RemoveDeadCode(),
     ShareDuplicates(),
 )
