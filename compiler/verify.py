@@ -27,7 +27,16 @@ COARSE_TOLERANCE = 1e-1
 """The same for graphs that round to a coarse grid (integers, half precision): an engine that sums
 in another order lands one step away, and the steps add up over layers."""
 
-_COARSE_OPS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+_COARSE_OPS = frozenset(
+    {
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        # Weights in integers let an engine quantize activations on the fly, as ONNX Runtime does.
+        "DequantizeLinear",
+    }
+)
 _COARSE_TYPES = frozenset({"FLOAT16", "BFLOAT16"})
 
 
