@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -200,15 +200,19 @@ def weight(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     is unmapped, and one pass over a model would end with all its weights resident.
     """
     tensor = _tensor(value) if value is not None and not value.is_graph_input() else None
+    return _read(tensor) if tensor is not None else None
+
+
+def _read(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
-        return tensor.numpy() if tensor is not None else None
+        return tensor.numpy()
     import numpy as np
 
-    dtype, shape = tensor.dtype.numpy(), tensor.shape.numpy()
+    dtype = tensor.dtype.numpy()
     stored = np.fromfile(
         tensor.path, dtype.newbyteorder("<"), count=tensor.size, offset=tensor.offset or 0
     )
-    return stored.astype(dtype, copy=False).reshape(shape)
+    return stored.astype(dtype, copy=False).reshape(tensor.shape.numpy())
 
 
 def unmap(model: ir.Model) -> None:
@@ -308,6 +312,27 @@ def replace(before: ir.Value, after: ir.Value) -> None:
 def unread(value: ir.Value) -> bool:
     """Whether no node reads the value and no graph returns it."""
     return not value.is_graph_output() and not value.uses()
+
+
+def changed(
+    tensor: ir.TensorProtocol,
+    change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    dtype: ir.DataType | None = None,
+) -> ir.TensorProtocol:
+    """A stored tensor with its content changed, elementwise or within itself.
+
+    What lies in a file is changed when it is asked for, and not kept: the changed weights of a
+    model are never in memory together.
+    """
+    wanted = dtype if dtype is not None else tensor.dtype
+    if not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)):
+        return ir.tensor(change(tensor.numpy()), dtype=wanted, name=tensor.name)
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(change(_read(tensor)), dtype=wanted)
+
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(compute, wanted, shape, cache=False, name=tensor.name)
 
 
 def initializer(

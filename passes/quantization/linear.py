@@ -90,7 +90,9 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
 
 def quantize(values: Array, scale: Array, zero: Array | int, to: Grid) -> Array:
     """Return the codes of ``values`` as QuantizeLinear computes them; arguments broadcast."""
-    codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    # An array even for a scalar, which numpy would not write back into.
+    codes = np.asarray(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    np.rint(codes, out=codes)
     codes += np.asarray(zero, np.float32)
     np.clip(codes, to.low, to.high, out=codes)
     return codes.astype(_container(to))

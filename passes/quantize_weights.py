@@ -1,0 +1,164 @@
+"""Store the weights of matrix products as blocks of 4- or 8-bit integers; compute stays float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from trivium.compiler.passing import (
+    Pass,
+    attribute,
+    decline,
+    dims,
+    initializer,
+    is_constant,
+    is_op,
+    option,
+    unread,
+    weight,
+)
+from trivium.compiler.types import Preserves
+from trivium.passes.quantization import linear
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_STRIPE = 1 << 22
+"""Elements quantized at a time: temporaries stay small beside the largest weight."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Replace the weight of MatMul and Gemm by a DequantizeLinear of blocks.
+
+    A block is ``block_size`` values along the axis that the product sums over, with a scale of its
+    own (and a zero point if asymmetric). This is the form that ONNX Runtime turns into
+    MatMulNBits and TensorRT into its weight-only kernels: axis 0 of a [K, N] weight; Gemm's
+    transposed weights are stored the other way round for it. One weight is in memory at a time,
+    and what replaces it is packed.
+
+    Left alone: weights smaller than ``min_elements``, which gain nothing; those with NaN or
+    infinity; weights that something besides MatMul and Gemm reads, since they would be stored
+    twice.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    preserves: ClassVar[Preserves] = "lossy"
+
+    bits: int = option(4, "Bits of a weight", choices=(4, 8))
+    block_size: int = option(128, "Values that share a scale", choices=(16, 32, 64, 128, 256, 512))
+    symmetric: bool = option(True, "Whether blocks are symmetric about zero (no zero points)")
+    min_elements: int = option(4096, "Weights with fewer elements stay as they are")
+    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+
+    def run(self, model: ir.Model) -> bool:
+        modified = False
+        order = {node: index for index, node in enumerate(model.graph)}
+        for value in list(model.graph.initializers.values()):
+            readers = [node for node, index in value.uses() if self._reads(node, index)]
+            if not readers or not self._fits(value, readers):
+                continue
+            modified |= self._quantize(model.graph, value, readers, order)
+        return modified
+
+    def _reads(self, node: ir.Node, index: int) -> bool:
+        named = any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude)
+        return index == 1 and is_op(node, "MatMul", "Gemm") and not named
+
+    def _fits(self, value: ir.Value, readers: list[ir.Node]) -> bool:
+        shape = dims(value)
+        if not is_constant(value) or value.dtype != ir.DataType.FLOAT or shape is None:
+            return False
+        if len(shape) != 2:
+            return decline(value, f"has {len(shape)} dimensions; blocks are made of matrices")
+        if np.prod([size or 0 for size in shape]) < self.min_elements:
+            return False
+        if len(value.uses()) != len(readers) or value.is_graph_output():
+            return decline(value, "something besides the products reads it")
+        if len({_transposed(node) for node in readers}) > 1:
+            return decline(value, "one product reads it transposed and another does not")
+        return True
+
+    def _quantize(
+        self, graph: ir.Graph, value: ir.Value, readers: list[ir.Node], order: dict[ir.Node, int]
+    ) -> bool:
+        array = weight(value)
+        assert array is not None
+        if not np.isfinite(array).all():
+            bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+            return decline(value, f"{bad} of {array.size} values are NaN or infinite")
+        transposed = _transposed(readers[0])
+        matrix = array.T if transposed else array
+        parts = self._blocks(matrix)
+        del array, matrix
+        name = value.name or "weight"
+        stored = [
+            initializer(graph, part, f"{name}_{what}")
+            for what, part in zip(("quantized", "scale", "zero_point"), parts, strict=False)
+        ]
+        restore = ir.node(
+            "DequantizeLinear",
+            stored,
+            {"axis": 0, "block_size": self.block_size},
+            name=f"{name}_dq",
+        )
+        result = restore.outputs[0]
+        result.name = f"{name}_dequantized"
+        result.shape, result.type = stored[0].shape, ir.TensorType(ir.DataType.FLOAT)
+        inside = [node for node in readers if node.graph is not graph]
+        anchor = graph[0] if inside else min(readers, key=order.__getitem__)
+        graph.insert_before(anchor, [restore])
+        for node in readers:
+            node.replace_input_with(1, result)
+            if transposed:
+                node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        if unread(value):
+            graph.initializers.pop(name)
+        return True
+
+    def _blocks(self, matrix: Array) -> list[ir.TensorProtocol]:
+        """Quantize a [K, N] matrix along K: codes, scales and, if asymmetric, zero points."""
+        grid = _grid(self.bits, self.symmetric)
+        rows, columns = matrix.shape
+        blocks = -(-rows // self.block_size)
+        codes = np.empty((rows, columns), np.int8 if grid.signed else np.uint8)
+        scales = np.empty((blocks, columns), np.float32)
+        zeros = np.zeros((blocks, columns), codes.dtype)
+        stripe = max(1, _STRIPE // max(1, columns * self.block_size))
+        for start in range(0, blocks, stripe):
+            end = min(start + stripe, blocks)
+            top, bottom = start * self.block_size, min(end * self.block_size, rows)
+            part = matrix[top:bottom]
+            edges = np.arange(0, bottom - top, self.block_size)
+            low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
+            scale, zero = linear.fit(low, high, grid, symmetric=self.symmetric)
+            scales[start:end], zeros[start:end] = scale, zero
+            wide_scale = np.repeat(scale, self.block_size, axis=0)[: bottom - top]
+            wide_zero = np.repeat(zero, self.block_size, axis=0)[: bottom - top]
+            codes[top:bottom] = linear.quantize(part, wide_scale, wide_zero, grid)
+        parts = [_tensor(codes, self.bits), ir.tensor(scales)]
+        return parts if self.symmetric else [*parts, _tensor(zeros, self.bits)]
+
+
+def _grid(bits: int, symmetric: bool) -> linear.Grid:
+    if symmetric:
+        return linear.grid(f"int{bits}")
+    return linear.full(f"uint{bits}")
+
+
+def _tensor(codes: Array, bits: int) -> ir.TensorProtocol:
+    """A stored tensor of codes: two to a byte, the first in the low half, where bits is 4."""
+    if bits == 8:
+        return ir.tensor(codes)
+    dtype = ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4
+    flat = codes.reshape(-1).view(np.uint8)
+    packed = flat[0::2] & np.uint8(0xF)
+    packed[: flat.size // 2] |= flat[1::2] << np.uint8(4)
+    return ir.PackedTensor(packed, dtype, shape=ir.Shape(codes.shape))
+
+
+def _transposed(node: ir.Node) -> bool:
+    return node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
