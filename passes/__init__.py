@@ -25,8 +25,12 @@ PASSES: dict[str, str] = {
     "remove-no-ops": "trivium.passes.remove_no_ops:RemoveNoOps",
     "simplify": "trivium.passes.simplify:Simplify",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
+    "convert-float": "trivium.passes.convert_float:ConvertFloat",
+    "prune-magnitude": "trivium.passes.prune_magnitude:PruneMagnitude",
+    "prune-n-m": "trivium.passes.prune_n_m:PruneNM",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",
     "trace-dims": "trivium.passes.trace_dims:TraceDims",
     "unflatten-softmax": "trivium.passes.unflatten_softmax:UnflattenSoftmax",
+    "quantize-weights": "trivium.passes.quantize_weights:QuantizeWeights",
     "unique-names": "trivium.passes.unique_names:UniqueNames",
 }

@@ -1,22 +1,35 @@
-"""The recipes that ship with Trivium: each is a TOML file in ``recipes/``."""
+"""The recipes that ship with Trivium: each is a TOML file in ``recipes/``.
+
+A recipe is called what its file says; file names have to do without ``:`` (``prune-2-4.toml``
+holds ``prune-2:4``).
+"""
 
 from __future__ import annotations
 
+import tomllib
 from importlib.resources import files
 
 from trivium.compiler import recipe
 
-
-def __getattr__(name: str) -> recipe.Recipe:
-    """Read ``recipes/<name>.toml`` on first use (names as in the entry points, ``-`` and all)."""
-    file = files("trivium.passes") / "recipes" / f"{name}.toml"
-    if name.startswith("_") or not file.is_file():
-        raise AttributeError(name)
-    return recipe.parse(file.read_text(encoding="utf-8"), about=f"recipe {name}")
+_FOLDER = files("trivium.passes") / "recipes"
 
 
-RECIPES: dict[str, str] = {
-    file.name.removesuffix(".toml"): f"trivium.passes.pipelines:{file.name.removesuffix('.toml')}"
-    for file in sorted((files("trivium.passes") / "recipes").iterdir(), key=lambda f: f.name)
-    if file.name.endswith(".toml")
-}
+def __getattr__(stem: str) -> recipe.Recipe:
+    """Read ``recipes/<stem>.toml`` on first use (file names as attributes, ``-`` and all)."""
+    file = _FOLDER / f"{stem}.toml"
+    if stem.startswith("_") or not file.is_file():
+        raise AttributeError(stem)
+    return recipe.parse(file.read_text(encoding="utf-8"), about=f"recipe {stem}")
+
+
+def _table() -> dict[str, str]:
+    table = {}
+    for file in sorted(_FOLDER.iterdir(), key=lambda file: file.name):
+        stem, _, kind = file.name.rpartition(".")
+        if kind == "toml":
+            name = tomllib.loads(file.read_text(encoding="utf-8"))["name"]
+            table[name] = f"trivium.passes.pipelines:{stem}"
+    return table
+
+
+RECIPES: dict[str, str] = _table()
