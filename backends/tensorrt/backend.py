@@ -58,7 +58,9 @@ class TensorRTBackend:
         return operators.refusal(node)
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
-        return Estimate(None, notes=("no cost model yet",))
+        from trivium.backends.tensorrt import cost
+
+        return cost.estimate(model, target, workload)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         folder = request.folder
