@@ -1,11 +1,12 @@
 """Normal-form Q/DQ graph -> `ir.Dataflow`, with a reason for every node that cannot go.
 
 This is the walk: it keeps what each ONNX value has become (`values`), the streams and layers made
-so far, and the refusals. What an operator means is in `operators`, one function each.
+so far, and the refusals. What an operator means is in `OPERATOR_MODULES`, one function each.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,10 @@ Handler = Callable[["Lowering", "ir.Node"], Value]
 
 OPERATORS: dict[str, Handler] = {}
 """ONNX operator -> what it becomes; filled by `lowers`."""
+
+
+OPERATOR_MODULES = ("operators", "product_operators", "pool_operators", "sum_operators")
+"""Where the operators are, by group; importing one fills the table."""
 
 
 def lowers(*op_types: str) -> Callable[[Handler], Handler]:
@@ -79,8 +84,8 @@ def forget(graph: ir.Graph) -> None:
 
 def lower(graph: ir.Graph) -> Lowered:
     """Lower a graph. Never raises for what the graph holds: that is in the refusals."""
-    from trivium.backends.fpga import operators  # noqa: F401  (fills OPERATORS)
-
+    for group in OPERATOR_MODULES:
+        importlib.import_module(f"trivium.backends.fpga.{group}")
     lowering = Lowering(graph)
     for node in graph:
         lowering.visit(node)

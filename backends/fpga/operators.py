@@ -1,5 +1,6 @@
 """What each operator of a Q/DQ graph becomes: quantization, data layout, activations, the host's
-part. Convolutions, products, pools and sums are in `arithmetic_operators`.
+part. The operators with an accumulator are in `product_operators`, `pool_operators` and
+`sum_operators`.
 """
 
 from __future__ import annotations
@@ -330,6 +331,3 @@ def _softmax(lowering: Lowering, node: ir.Node) -> Value:
         raise Unsupported("only a Softmax over the classes, at the end, is left to the host")
     lowering.notes[f"{node.name or 'Softmax'}: the host computes it, after the kernel"] = None
     return replace(x, ops=(*x.ops, fpga.HostOp("Softmax")))
-
-
-from trivium.backends.fpga import arithmetic_operators  # noqa: E402, F401  (fills the table too)

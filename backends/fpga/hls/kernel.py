@@ -14,7 +14,8 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.fpga import cost, ir
-from trivium.backends.fpga.folding import Folding, relanes
+from trivium.backends.fpga.folding import Folding
+from trivium.backends.fpga.hls.streams import Wiring, cpp_type, identifier, wire
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,11 +31,6 @@ def render(template: str, **values: object) -> str:
     """Fill in one of the files in ``templates/``."""
     text = (files("trivium.backends.fpga") / "templates" / template).read_text(encoding="utf-8")
     return Template(text).substitute({name: str(value) for name, value in values.items()})
-
-
-def cpp_type(range: ir.Range) -> str:
-    """The narrowest integer type."""
-    return f"ap_int<{range.bits}>" if range.signed else f"ap_uint<{range.bits}>"
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Kernel:
 def emit(flow: ir.Dataflow, folding: Folding) -> Kernel:
     """Write a folded program as C++."""
     codes = {layer.name: code(layer, flow, folding) for layer in flow.layers}
-    wiring = _wire(flow, folding)
+    wiring = wire(flow, folding)
     ports = [*flow.inputs, *flow.outputs]
     arguments = argument_names(flow)
     signature = ", ".join(
@@ -108,6 +104,34 @@ def argument_names(flow: ir.Dataflow) -> tuple[str, ...]:
         *(f"in{i}" for i in range(len(flow.inputs))),
         *(f"out{i}" for i in range(len(flow.outputs))),
     )
+
+
+def _calls(
+    flow: ir.Dataflow,
+    folding: Folding,
+    codes: Mapping[str, Code],
+    wiring: Wiring,
+    arguments: Sequence[str],
+) -> Iterable[str]:
+    for port, argument in zip(flow.inputs, arguments, strict=False):
+        count = flow.tensors[port.tensor].size // folding[port.tensor].pe
+        stream = f"{identifier(flow, port.tensor)}_stream"
+        yield f"    load({argument}, {stream}, frames * {count});"
+        yield from wiring.forks.get(port.tensor, [])
+    for layer in flow.layers:
+        yield from wiring.relanes.get(layer.name, [])
+        one = codes[layer.name]
+        operands = [wiring.reader[layer.name, name] for name in layer.inputs]
+        if len(layer.inputs) == 2 and layer.inputs[0] == layer.inputs[1]:
+            operands[1] = wiring.reader[layer.name, f"{layer.inputs[1]}+"]
+        arrays = [f"{layer.name}_{array}" for array in one.arrays]
+        operands += [f"{layer.output}_stream", *arrays, "frames"]
+        yield f"    {one.function}<{layer.name}_layer>({', '.join(operands)});"
+        yield from wiring.forks.get(layer.output, [])
+    for port, argument in zip(flow.outputs, arguments[len(flow.inputs) :], strict=True):
+        count = flow.tensors[port.tensor].size // folding[port.tensor].pe
+        stream = wiring.reader[f"output {port.name}", port.tensor]
+        yield f"    store({stream}, {argument}, frames * {count});"
 
 
 def _configuration(name: str, one: Code) -> str:
@@ -320,98 +344,3 @@ def _(layer: ir.Table, flow: ir.Dataflow, folding: Folding) -> Code:
     }
     table = (types["Out"], (len(layer.table),), layer.table)
     return Code("lookup", types, constants, {"table": table})
-
-
-# --- streams --------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Wiring:
-    """The streams of the kernel, and which one each reader takes from."""
-
-    streams: list[str]
-    forks: dict[str, list[str]]
-    reader: dict[tuple[str, str], str]
-    relanes: dict[str, list[str]]
-
-
-def _wire(flow: ir.Dataflow, folding: Folding) -> _Wiring:
-    wiring = _Wiring([], {}, {}, {})
-    queues = cost.fifos(flow, folding)
-    for name, tensor in flow.tensors.items():
-        lanes, readers = folding[name].pe, flow.readers(name)
-        type = f"Stream<{cpp_type(tensor.range)}, {lanes}>"
-        count = f"frames * {tensor.size // lanes}"
-        first = f"{_identifier(flow, name)}_stream"
-        branches = [f"{first}{i}" for i in range(len(readers))] if len(readers) > 1 else [first]
-        if len(readers) > 1:
-            _declare(wiring, type, first, 2)
-            wiring.forks[name] = _forks(wiring, type, first, branches, count)
-        for i, (reader, branch) in enumerate(zip(readers, branches, strict=True)):
-            _declare(wiring, type, branch, queues[name, i].depth)
-            # An addition of a stream with itself reads two branches.
-            key = (reader, name) if (reader, name) not in wiring.reader else (reader, f"{name}+")
-            wiring.reader[key] = branch
-    for layer, name in relanes(flow, folding):
-        tensor, lanes = flow.tensors[name], folding[layer.name].pe
-        source = wiring.reader[layer.name, name]
-        changed = f"{source}_relaned"
-        _declare(wiring, f"Stream<{cpp_type(tensor.range)}, {lanes}>", changed, 2)
-        arguments = f"{cpp_type(tensor.range)}, {tensor.channels}, {folding[name].pe}, {lanes}"
-        call = f"    relane<{arguments}>({source}, {changed}, frames * {tensor.pixels});"
-        wiring.relanes.setdefault(layer.name, []).append(call)
-        wiring.reader[layer.name, name] = changed
-    return wiring
-
-
-def _declare(wiring: _Wiring, type: str, name: str, depth: int) -> None:
-    wiring.streams.append(f'    {type} {name}("{name}");')
-    wiring.streams.append(f"#pragma HLS STREAM variable = {name} depth = {depth}")
-
-
-def _forks(
-    wiring: _Wiring, type: str, first: str, branches: Sequence[str], count: str
-) -> list[str]:
-    """A chain of two-way forks for any number of readers."""
-    calls, source = [], first
-    for i, branch in enumerate(branches[:-1]):
-        rest = branches[-1] if i == len(branches) - 2 else f"{first}_rest{i}"
-        if rest != branches[-1]:
-            _declare(wiring, type, rest, 2)
-        calls.append(f"    fork({source}, {branch}, {rest}, {count});")
-        source = rest
-    return calls
-
-
-def _identifier(flow: ir.Dataflow, tensor: str) -> str:
-    """A stream's name in C++; a model's input may be called anything."""
-    inputs = [port.tensor for port in flow.inputs]
-    return f"input{inputs.index(tensor)}" if tensor in inputs else tensor
-
-
-def _calls(
-    flow: ir.Dataflow,
-    folding: Folding,
-    codes: Mapping[str, Code],
-    wiring: _Wiring,
-    arguments: Sequence[str],
-) -> Iterable[str]:
-    for port, argument in zip(flow.inputs, arguments, strict=False):
-        count = flow.tensors[port.tensor].size // folding[port.tensor].pe
-        stream = f"{_identifier(flow, port.tensor)}_stream"
-        yield f"    load({argument}, {stream}, frames * {count});"
-        yield from wiring.forks.get(port.tensor, [])
-    for layer in flow.layers:
-        yield from wiring.relanes.get(layer.name, [])
-        one = codes[layer.name]
-        operands = [wiring.reader[layer.name, name] for name in layer.inputs]
-        if len(layer.inputs) == 2 and layer.inputs[0] == layer.inputs[1]:
-            operands[1] = wiring.reader[layer.name, f"{layer.inputs[1]}+"]
-        arrays = [f"{layer.name}_{array}" for array in one.arrays]
-        operands += [f"{layer.output}_stream", *arrays, "frames"]
-        yield f"    {one.function}<{layer.name}_layer>({', '.join(operands)});"
-        yield from wiring.forks.get(layer.output, [])
-    for port, argument in zip(flow.outputs, arguments[len(flow.inputs) :], strict=True):
-        count = flow.tensors[port.tensor].size // folding[port.tensor].pe
-        stream = wiring.reader[f"output {port.name}", port.tensor]
-        yield f"    store({stream}, {argument}, frames * {count});"

@@ -27,7 +27,8 @@ template <int SHIFT, class Product>
 Product round_like_float32(Product product) {
 #pragma HLS INLINE
     const Product floor = product >> SHIFT;
-    const Product from_half = product - (floor << SHIFT) - (Product(1) << (SHIFT - 1));
+    const Product rest = product & ((Product(1) << SHIFT) - 1);
+    const Product from_half = rest - (Product(1) << (SHIFT - 1));
     const Product magnitude = floor < 0 ? Product(-floor - 1) : Product(floor);
     const Product distance = from_half < 0 ? Product(-from_half) : Product(from_half);
     Product half_step = 0;
@@ -49,7 +50,8 @@ template <int SHIFT, class Number>
 Number round_half_even(Number numerator) {
 #pragma HLS INLINE
     const Number floor = numerator >> SHIFT;
-    const Number from_half = numerator - (floor << SHIFT) - (Number(1) << (SHIFT - 1));
+    const Number rest = numerator & ((Number(1) << SHIFT) - 1);
+    const Number from_half = rest - (Number(1) << (SHIFT - 1));
     const bool odd = (floor & 1) != 0;
     const bool up = from_half == 0 ? odd : from_half > 0;
     return up ? Number(floor + 1) : floor;

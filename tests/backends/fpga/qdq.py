@@ -102,7 +102,7 @@ def network(seed: int) -> onnx.ModelProto:
     right = convolution(graph, x, outputs, outputs, group=outputs, kernel=(3, 3), pads=(1,) * 4)
     x = graph.quantized(graph.op("Relu", graph.op("Add", left, right)))
     x = graph.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 1], pads=[0, 1, 1, 0])
-    x = graph.quantized(graph.op("Tanh", x))
+    x = graph.quantized(graph.op("Tanh", graph.op("Mul", x, graph.store(np.float32(0.7)))))
     x = convolution(graph, x, outputs, 6, kernel=(2, 2), dilations=(2, 1), pads=(1, 1, 1, 1))
     x = graph.quantized(graph.op("GlobalAveragePool", x))
     x = graph.op("Flatten", x, axis=1)

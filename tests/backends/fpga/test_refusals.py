@@ -84,6 +84,13 @@ def test_unknown_operators_and_floats_between() -> None:
     ]
 
 
+def test_a_bias_after_the_rounding() -> None:
+    g = graph()
+    y = g.op("Add", g.quantized("x"), g.store(np.ones((4, 1, 1), np.float32)))
+    (reason,) = refusals(g.model(g.quantized(y)))
+    assert "fuse the bias before quantizing" in reason
+
+
 def test_what_follows_a_refused_node_is_not_refused_again() -> None:
     g = graph()
     y = g.quantized(g.op("Exp", g.quantized("x")))

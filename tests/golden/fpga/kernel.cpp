@@ -5,10 +5,10 @@
 //   depthwise0: conv15, 11 x 6 x 8, PE 1, SIMD 1
 //   add0: add18, 11 x 6 x 8, PE 1, SIMD 1
 //   max_pool0: maxpool22, 6 x 6 x 8, PE 1, SIMD 1
-//   table0: quantizelinear24, 6 x 6 x 8, PE 1, SIMD 1
-//   convolution2: conv28, 6 x 7 x 6, PE 1, SIMD 1
-//   average_pool0: globalaveragepool31, 1 x 1 x 6, PE 1, SIMD 1
-//   convolution3: matmul36, 1 x 1 x 5, PE 1, SIMD 1
+//   table0: quantizelinear25, 6 x 6 x 8, PE 1, SIMD 1
+//   convolution2: conv29, 6 x 7 x 6, PE 1, SIMD 1
+//   average_pool0: globalaveragepool32, 1 x 1 x 6, PE 1, SIMD 1
+//   convolution3: matmul37, 1 x 1 x 5, PE 1, SIMD 1
 #include "kernel.h"
 
 #include "layers.h"
