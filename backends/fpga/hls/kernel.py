@@ -238,7 +238,7 @@ def _product_code(
     types = {
         "In": cpp_type(source.range),
         "Out": cpp_type(result.range),
-        "Weight": f"ap_int<{cost.weight_bits(layer)}>",
+        "Weight": _weight_type(cost.weight_bits(layer)),
         "Bias": f"ap_int<{bias.bits}>",
         "Accumulator": f"ap_int<{signed_bits(layer.accumulator)}>",
         **types,
@@ -255,6 +255,12 @@ def _product_code(
         },
         requantize=layer.requantize is not None,
     )
+
+
+def _weight_type(bits: int) -> str:
+    """C++'s own 8-bit integer where it wastes little: millions of objects of a class would cost a
+    compiler gigabytes."""
+    return "int8_t" if 5 <= bits <= 8 else f"ap_int<{bits}>"
 
 
 def signed_bits(range: ir.Range) -> int:

@@ -4,4 +4,6 @@
 
 #include <ap_int.h>
 
+#include <cstdint>
+
 $arrays

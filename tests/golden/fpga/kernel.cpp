@@ -17,7 +17,7 @@
 struct convolution0_layer {
     using In = ap_uint<8>;
     using Out = ap_uint<8>;
-    using Weight = ap_int<8>;
+    using Weight = int8_t;
     using Bias = ap_int<18>;
     using Accumulator = ap_int<19>;
     using Multiplier = ap_uint<26>;
@@ -56,7 +56,7 @@ struct convolution0_layer {
 struct convolution1_layer {
     using In = ap_uint<8>;
     using Out = ap_uint<8>;
-    using Weight = ap_int<8>;
+    using Weight = int8_t;
     using Bias = ap_int<19>;
     using Accumulator = ap_int<21>;
     using Multiplier = ap_uint<27>;
@@ -95,7 +95,7 @@ struct convolution1_layer {
 struct depthwise0_layer {
     using In = ap_uint<8>;
     using Out = ap_uint<8>;
-    using Weight = ap_int<8>;
+    using Weight = int8_t;
     using Bias = ap_int<18>;
     using Accumulator = ap_int<18>;
     using Multiplier = ap_uint<26>;
@@ -181,7 +181,7 @@ struct table0_layer {
 struct convolution2_layer {
     using In = ap_uint<5>;
     using Out = ap_uint<8>;
-    using Weight = ap_int<8>;
+    using Weight = int8_t;
     using Bias = ap_int<15>;
     using Accumulator = ap_int<16>;
     using Multiplier = ap_uint<24>;
@@ -257,7 +257,7 @@ struct average_pool0_layer {
 struct convolution3_layer {
     using In = ap_uint<8>;
     using Out = ap_uint<8>;
-    using Weight = ap_int<8>;
+    using Weight = int8_t;
     using Bias = ap_int<17>;
     using Accumulator = ap_int<18>;
     using Multiplier = ap_uint<26>;
