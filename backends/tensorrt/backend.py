@@ -85,6 +85,7 @@ class TensorRTBackend:
                 Program("main", settings.MODEL if missing else settings.PLAN, inputs, outputs),
             ),
             weights=saved[1].name if len(saved) > 1 else saved[0].name,
+            memory={"weights_bytes": _weights_bytes(model)},
             details={
                 "engine": engine,
                 "engine_built": missing is None,
@@ -110,6 +111,11 @@ class TensorRTBackend:
                 remedy=f"run its {BUILD}, or compile again on this machine",
             )
         return TensorRTExecutable(artifact)
+
+
+def _weights_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def why_not_here() -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.tvm import cuda, operators, weights
+from trivium.backends.tvm import cuda, legalize, operators, weights
 from trivium.backends.tvm.importer import Imported, to_relax
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
@@ -50,27 +50,7 @@ class TvmBackend:
             return {}
 
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
-        from onnx_ir.passes.common import (
-            LiftConstantsToInitializersPass,
-            RemoveInitializersFromInputsPass,
-        )
-
-        from trivium.passes.decompose_functions import DecomposeFunctions
-        from trivium.passes.drop_empty_operands import DropEmptyOperands
-        from trivium.passes.fold_constants import FoldConstants
-        from trivium.passes.infer_shapes import InferShapes
-        from trivium.passes.remove_dead_code import RemoveDeadCode
-
-        return (
-            RemoveInitializersFromInputsPass(),
-            DecomposeFunctions(operators.OPENED),
-            FoldConstants(),
-            # The importer reads no Constant whose value is a list.
-            LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            InferShapes(),
-            DropEmptyOperands(),
-            RemoveDeadCode(),
-        )
+        return legalize.passes()
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         return operators.refusal(node)
@@ -176,7 +156,7 @@ def _build_cuda(imported: Imported, arch: str, request: BuildRequest) -> dict[st
             "max_shared_memory_per_block": 49152,
             "thread_warp_size": 32,
         },
-        host={"kind": "llvm", "mtriple": "x86_64-linux-gnu"},
+        host=_host(),
     )
     try:
         executable = tvm.compile(imported.module, target)

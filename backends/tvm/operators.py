@@ -116,15 +116,105 @@ def _batch_normalization(node: ir.Node) -> str | None:
     return "training_mode=1" if attribute(node, "training_mode", 0) else None
 
 
-@_check("Reshape", "Expand", "Tile", "Pad", "ConstantOfShape", "OneHot", "TopK", "Resize")
-def _static_result(node: ir.Node) -> str | None:
-    """A result whose shape depends on values would need a dynamic shape through the whole graph."""
-    shape = node.outputs[0].shape
-    if shape is None:
-        return "the shape of its result is not known at compile time"
+_CONSTANTS: dict[str, tuple[tuple[int, str], ...]] = {
+    "AffineGrid": ((1, "size"),),
+    "ConstantOfShape": ((0, "the shape"),),
+    "CumSum": ((1, "axis"),),
+    "Expand": ((1, "shape"),),
+    "MaxUnpool": ((2, "output_shape"),),
+    "OneHot": ((1, "depth"),),
+    "Pad": ((1, "pads"), (3, "axes")),
+    "Range": ((0, "start"), (1, "limit"), (2, "delta")),
+    "Reshape": ((1, "shape"),),
+    "Resize": ((2, "scales"), (3, "sizes")),
+    "Slice": ((1, "starts"), (2, "ends"), (3, "axes"), (4, "steps")),
+    "Split": ((1, "split"),),
+    "Squeeze": ((1, "axes"),),
+    "Tile": ((1, "repeats"),),
+    "TopK": ((1, "K"),),
+    "Unsqueeze": ((1, "axes"),),
+    **{
+        f"Reduce{kind}": ((1, "axes"),)
+        for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum",
+                     "SumSquare")
+    },
+}  # fmt: skip
+"""Inputs that decide a shape or a loop: the importer wants them at compile time, and with some it
+goes on without them and is wrong."""
+
+
+@_check(*_CONSTANTS)
+def _known_at_compile_time(node: ir.Node) -> str | None:
+    for index, name in _CONSTANTS[node.op_type]:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None and not is_constant(value):
+            return f"{name} is computed at run time"
     return None
 
 
-@_check("NonZero", "Unique", "Compress")
+@_check("NonZero", "Unique", "Compress", "NonMaxSuppression")
 def _data_dependent(node: ir.Node) -> str | None:
     return "the shape of its result depends on the data"
+
+
+@_check(
+    "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement", "SequenceAt",
+    "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
+    "SplitToSequence",
+)  # fmt: skip
+def _sequence(node: ir.Node) -> str | None:
+    return "sequences and optionals have no place among the inputs and outputs of a program"
+
+
+@_check("Cosh", "Sinh")
+def _hyperbolic(node: ir.Node) -> str | None:
+    return f"TVM does not compile {node.op_type.lower()} for LLVM"
+
+
+@_check("IsInf")
+def _is_infinite(node: ir.Node) -> str | None:
+    for name in ("detect_negative", "detect_positive"):
+        if not attribute(node, name, 1):
+            return f"{name}=0 is ignored by the importer"
+    return None
+
+
+@_check("RoiAlign")
+def _roi_align(node: ir.Node) -> str | None:
+    mode = attribute(node, "mode", "avg")
+    return None if mode == "avg" else f"mode={mode} is computed differently from the standard"
+
+
+@_check("EyeLike")
+def _eye_like(node: ir.Node) -> str | None:
+    given = node.inputs[0].dtype if node.inputs[0] is not None else None
+    wanted = attribute(node, "dtype", None)
+    if wanted is not None and given is not None and wanted != given.value:
+        return f"it makes {ir.DataType(wanted).name} from {given.name}"
+    return None
+
+
+@_check("MaxPool")
+def _max_pool(node: ir.Node) -> str | None:
+    return "the output Indices is not imported" if _used(node, 1) else None
+
+
+@_check("LayerNormalization")
+def _layer_normalization(node: ir.Node) -> str | None:
+    wrong = _used(node, 1) or _used(node, 2)
+    return "the outputs Mean and InvStdDev come out in another shape" if wrong else None
+
+
+def wants_opening(node: ir.Node) -> bool:
+    """Whether to open a node that the importer knows, but not in this form."""
+    if node.op_type == "RMSNormalization" and node.inputs[0] is not None:
+        rank = len(node.inputs[0].shape or ())
+        return rank > 0 and attribute(node, "axis", -1) % rank == 0
+    return node.op_type in OPENED
+
+
+def _used(node: ir.Node, index: int) -> bool:
+    if index >= len(node.outputs):
+        return False
+    value = node.outputs[index]
+    return bool(value.uses()) or value.is_graph_output()

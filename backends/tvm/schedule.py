@@ -46,6 +46,8 @@ def _schedule(schedule: Any) -> None:
         kinds = info.dom_kind()
         if len(kinds) != len(loops) or set(kinds) - set("SR"):
             continue
+        if _touches_booleans(schedule.get(info.block_rv)):
+            continue
         extents = [_extent(schedule, loop) for loop in loops]
         if not loops or None in extents:
             continue
@@ -60,6 +62,11 @@ def _schedule(schedule: Any) -> None:
             _schedule_reduction(schedule, info.block_rv, spatial, reduction, work)
         else:
             _schedule_elementwise(schedule, spatial, work)
+
+
+def _touches_booleans(block: Any) -> bool:
+    """TVM stores booleans as bytes and gets the two mixed up in vectors."""
+    return any(str(region.source.dtype) == "bool" for region in (*block.reads, *block.writes))
 
 
 def _schedule_elementwise(schedule: Any, spatial: list[Any], work: int) -> None:
