@@ -322,6 +322,7 @@ def row(candidate: Candidate) -> dict[str, Any]:
         "latency_s": seconds,
         "interval_s": None if estimate.lo is None else [estimate.lo, estimate.hi],
         "throughput_per_s": None if not period else 1.0 / period,
+        "pipelined": estimate.period_s is not None,
         "memory_bytes": estimate.bytes_peak,
         "memory_interval_bytes": _pair(intervals.get("bytes_peak")),
         "memory_available_bytes": target.memory_bytes,

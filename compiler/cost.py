@@ -24,7 +24,7 @@ from trivium.compiler.kernels import Fused, Kernel, kernels_of, peak_activation_
 from trivium.compiler.passing import is_op
 from trivium.compiler.shapes import open_dims
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Workload
-from trivium.compiler.work import resident_bytes
+from trivium.compiler.work import resident_bytes, value_bytes
 
 Z80 = 1.2815515655446004
 """Standard deviations from the median to either end of an 80% interval."""
@@ -96,7 +96,7 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
         )
     share, split_note = _share(model, target)
     weights = resident_bytes(model)
-    outputs = sum(_bytes(value) for value in model.graph.outputs)
+    outputs = sum(value_bytes(value) for value in model.graph.outputs)
     cached = fits_on_chip(weights + activations * share, target)
     timed = _Timed.of(kernels, target, profile, share, cached_weights=cached)
     link, link_note = _gather_s(outputs, target, share)
@@ -114,12 +114,6 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
         activations * share,
         tuple(dict.fromkeys(notes)),
     )
-
-
-def _bytes(value: ir.Value) -> float:
-    from trivium.compiler.work import value_bytes
-
-    return value_bytes(value)
 
 
 def _share(model: ir.Model, target: Target) -> tuple[float, str]:
@@ -283,6 +277,7 @@ def _finish(
         )
     lo, hi = interval(seconds, profile.spread)
     by_bound = {**timed.by_bound, "link": link}
+    by_bound["launch"] = by_bound.get("launch", 0.0) + profile.call_s
     bound: Bound = max(by_bound, key=lambda key: by_bound[key]) if timed.by_op else "none"
     joules, joules_interval, energy_note = energy(target, seconds, lo, hi, timed.busy / seconds)
     dollars = price(target, seconds)

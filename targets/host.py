@@ -3,7 +3,8 @@
 Peaks are derived, not measured: operations per cycle and core of the widest vector (or tile)
 instructions that the CPU reports, times physical cores, times the nominal clock. The clock is the
 base frequency where the kernel tells it, so turbo makes a short burst faster than the peak says.
-Memory bandwidth cannot be read anywhere; a backend that needs it measures it.
+Memory bandwidth cannot be read anywhere; `with_bandwidth` measures it, for cost models only: what
+changes from run to run must not be part of a target, and so of cache keys.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import contextlib
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -184,3 +186,25 @@ def peak_ops(cpu: Cpu) -> dict[str, float]:
     if "amx_int8" in cpu.flags:
         per_cycle["int8"] = 4096
     return {dtype: rate * cpu.cores * cpu.clock_hz for dtype, rate in per_cycle.items()}
+
+
+def with_bandwidth(target: Target) -> Target:
+    """A target with its memory bandwidth, measured if it is the host's and unknown."""
+    if target.memory_bytes_per_s is not None or target.family != "cpu":
+        return target
+    return replace(target, memory_bytes_per_s=copy_bytes_per_s())
+
+
+@cache
+def copy_bytes_per_s(size: int = 64 << 20, rounds: int = 5) -> float:
+    """Bytes read and written in a second by the best of a few copies between two arrays."""
+    import numpy as np
+
+    source = np.ones(size, np.uint8)
+    destination = np.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        np.copyto(destination, source)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size / best

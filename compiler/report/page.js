@@ -1,0 +1,217 @@
+// The page: cards, filters, tabs, table. Everything it shows is in the embedded JSON.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const rows = data.rows.map((row, index) => ({ ...row, id: index }));
+for (const row of rows) row.several = rows.some(other => other.target === row.target && other.backend !== row.backend);
+const state = { family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0 };
+const byId = id => document.getElementById(id);
+
+function html(name, properties, ...children) {
+  const element = Object.assign(document.createElement(name), properties || {});
+  element.append(...children.filter(child => child !== null && child !== undefined));
+  return element;
+}
+
+// "9.3 to 56 µs", the unit once where both ends share it.
+function range(pair, show) {
+  if (!pair) return "";
+  const [low, high] = pair.map(show), unit = text => text.replace(/^[\d.e+-]+/, "");
+  return `${unit(low) && unit(low) === unit(high) ? low.slice(0, -unit(low).length) : low} to ${high}`;
+}
+const none = () => null;
+const FIGURES = {
+  latency: { label: "Latency", value: r => r.latency_s, interval: r => r.interval_s, measured: r => r.measured && r.measured.latency_s, shown: seconds, caption: "Seconds of one call; shorter is better. The axis is logarithmic." },
+  throughput: { label: "Throughput", more: true, value: r => r.throughput_per_s, interval: r => r.interval_s && !r.pipelined ? [1 / r.interval_s[1], 1 / r.interval_s[0]] : null, measured: r => r.measured && 1 / r.measured.latency_s, shown: rate, caption: "Calls a second with one call in flight, or one after another through a pipeline; more is better." },
+  memory: { label: "Memory", value: r => r.memory_bytes, interval: r => r.memory_interval_bytes, measured: none, shown: bytes, caption: "Weights and the largest set of live values, on one chip." },
+  energy: { label: "Energy", value: r => r.energy_j, interval: r => r.energy_interval_j, measured: none, shown: joules, caption: "Of one call. Where idle power is unknown this is the power cap for the whole call, and the interval reaches down." },
+  cost: { label: "Cost", value: r => r.usd_per_million, interval: r => r.usd_per_million_interval, measured: none, shown: dollars, caption: "Dollars for a million calls at the listed price, with the target kept busy." },
+};
+for (const figure of Object.values(FIGURES)) {
+  figure.none = "Nothing to show: this figure is unknown for every candidate here.";
+  figure.mark = value => short(figure.shown(value));
+  figure.tip = row => [row.title || row.target, `${row.backend}, recipe ${row.recipe}`, `${figure.shown(figure.value(row))}` + (figure.interval(row) ? ` (${range(figure.interval(row), figure.shown)})` : ""),
+    figure.measured(row) ? `measured ${figure.shown(figure.measured(row))}, ${row.measured.where}` : null, row.calibration && `Calibration: ${row.calibration}`].filter(Boolean).join("\n");
+}
+
+const visible = () => rows.filter(row => (state.family === "all" || row.family === state.family) && `${row.target} ${row.title} ${row.backend} ${row.recipe}`.toLowerCase().includes(state.search));
+
+// --- tooltips ---
+
+const tipBox = byId("tip");
+function tip(element, text) {
+  const show = event => {
+    tipBox.textContent = text();
+    tipBox.hidden = false;
+    const box = element.getBoundingClientRect();
+    const px = event.clientX || box.left + box.width / 2, py = event.clientY || box.bottom;
+    tipBox.style.left = Math.max(8, Math.min(px + 14, innerWidth - tipBox.offsetWidth - 8)) + "px";
+    tipBox.style.top = (py + 18 + tipBox.offsetHeight > innerHeight ? Math.max(8, py - tipBox.offsetHeight - 12) : py + 18) + "px";
+  };
+  for (const name of ["pointerenter", "pointermove", "focus"]) element.addEventListener(name, show);
+  for (const name of ["pointerleave", "blur"]) element.addEventListener(name, () => { tipBox.hidden = true; });
+}
+
+// --- the parts of the page ---
+
+function drawHead() {
+  const feasible = rows.filter(row => row.feasible).length, targets = new Set(rows.map(row => row.target)).size;
+  const name = data.model || "Plan";
+  document.title = `${name} · Trivium`;
+  byId("title").textContent = data.model ? name : `Plan for ${data.objective}`;
+  const shapes = Object.entries((data.workload || {}).shapes || {}).map(([k, v]) => `${k} ${v.join("×")}`);
+  const dims = Object.entries((data.workload || {}).dims || {}).map(([k, v]) => `${k} = ${v}`);
+  const limits = Object.entries(data.constraints || {}).map(([k, v]) => `${k.replaceAll("_", " ")} ${v}`);
+  byId("subtitle").textContent = [...(shapes.length ? shapes : dims), ...limits, `${feasible} of ${rows.length} candidates on ${targets} targets can run it`].join(" · ");
+}
+
+function drawCards() {
+  const cards = [["Fastest", "latency"], ["Cheapest", "cost"], ["Least energy", "energy"], ["Least memory", "memory"]];
+  byId("summary").replaceChildren(...cards.map(([what, key]) => {
+    const figure = FIGURES[key], known = rows.filter(row => row.feasible && figure.value(row));
+    const best = known.sort((a, b) => figure.value(a) - figure.value(b))[0];
+    return html("div", { className: "card" }, html("div", { className: "what", textContent: what }),
+      html("div", { className: "figure", textContent: best ? figure.shown(figure.value(best)) : "–" }),
+      html("div", { className: "who", textContent: best ? `${best.target} · ${best.backend}` : "unknown" }),
+      html("div", { className: "what", textContent: best ? range(figure.interval(best), figure.shown) : "" }));
+  }));
+}
+
+function drawFilters() {
+  const families = ["all", ...new Set(rows.map(row => row.family))];
+  byId("families").replaceChildren(...families.map(family => {
+    const count = family === "all" ? rows.length : rows.filter(row => row.family === family).length;
+    const button = html("button", { type: "button", textContent: `${family === "all" ? "All" : family.toUpperCase()} ${count}` });
+    button.dataset.family = family;
+    button.setAttribute("aria-pressed", String(state.family === family));
+    button.addEventListener("click", () => { state.family = family; draw(); });
+    return button;
+  }));
+}
+
+function drawTabs() {
+  const tabs = [...Object.entries(FIGURES).map(([key, figure]) => [key, figure.label]), ["roofline", "Roofline"]];
+  byId("tabs").replaceChildren(...tabs.map(([key, label]) => {
+    const button = html("button", { type: "button", textContent: label });
+    button.setAttribute("role", "tab");
+    button.dataset.tab = key;
+    button.setAttribute("aria-selected", String(state.tab === key));
+    button.addEventListener("click", () => { state.tab = key; draw(); });
+    return button;
+  }));
+}
+
+function drawChart() {
+  const shown = visible();
+  const families = [...new Set(shown.filter(row => row.feasible).map(row => row.family))];
+  const keys = families.map(family => html("span", { className: family }, html("span", { className: "key fill" }), html("span", { className: "quiet", textContent: family.toUpperCase() })));
+  const figure = FIGURES[state.tab];
+  if (figure && shown.some(row => row.feasible && figure.measured(row))) keys.push(html("span", {}, html("span", { className: "key measured" }), "measured here"));
+  byId("legend").replaceChildren(...keys);
+  if (figure) {
+    bars(byId("chart"), shown, figure, tip);
+    const silent = shown.filter(row => row.feasible && !figure.value(row)).length;
+    byId("caption").textContent = figure.caption + (silent ? ` Unknown for ${silent} more.` : "");
+  } else {
+    const active = roofline(byId("chart"), shown, state.chosen, tip, id => { state.chosen = id; drawChart(); });
+    byId("caption").textContent = active ? `The line is the roof of ${active.target} at its fastest arithmetic; the large dot is the whole model on it, the small ones its costliest kernels. Select another dot for its roof.` : "";
+  }
+}
+
+const COLUMNS = [
+  ["Target", r => r.target], ["Backend", r => r.backend], ["Recipe", r => r.recipe],
+  ["Latency", r => r.latency_s, seconds, r => r.interval_s], ["Measured", r => r.measured && r.measured.latency_s, seconds, r => r.measured && r.measured.ci_s],
+  ["Calls/s", r => r.throughput_per_s, value => scaled(value, "")], ["Memory", r => r.memory_bytes, bytes], ["Energy", r => r.energy_j, joules, r => r.energy_interval_j],
+  ["$/million", r => r.usd_per_million, value => value === null ? "–" : digits(value), r => r.usd_per_million_interval], ["Bound", r => r.bound],
+].filter(([name]) => (name !== "Measured" || rows.some(row => row.measured)) && (name !== "Recipe" || rows.some(row => row.recipe !== "none")));
+
+function compareBy(column) {
+  const value = COLUMNS[column][1], sign = state.down ? -1 : 1;
+  return (a, b) => {
+    const x = value(a), y = value(b), unknown = v => v === null || v === undefined;
+    if (unknown(x) || unknown(y)) return unknown(x) - unknown(y);
+    return sign * (typeof x === "string" ? x.localeCompare(y) : x - y);
+  };
+}
+
+function drawTable() {
+  const head = html("tr", {}, ...COLUMNS.map(([label, , show], index) => {
+    const button = html("button", { type: "button", textContent: label });
+    button.addEventListener("click", () => { state.down = state.sort === index && !state.down; state.sort = index; drawTable(); });
+    const cell = html("th", { className: show ? "number" : "", scope: "col" }, button);
+    cell.setAttribute("aria-sort", state.sort === index ? (state.down ? "descending" : "ascending") : "none");
+    return cell;
+  }));
+  byId("table").tHead.replaceChildren(head);
+  const shown = visible();
+  if (state.sort !== null) shown.sort(compareBy(state.sort));
+  byId("table").tBodies[0].replaceChildren(...shown.flatMap(row => {
+    const cells = COLUMNS.map(([label, value, show, interval], index) => {
+      const text = show ? show(value(row) === undefined ? null : value(row)) : value(row) || "–";
+      const cell = html("td", { className: show ? "number" : "" }, index ? text : "");
+      if (!index) cell.append(html("span", { className: "dot " + row.family }), text);
+      if (interval && interval(row)) cell.append(html("span", { className: "range", textContent: range(interval(row), show) }));
+      return cell;
+    });
+    const best = row.verdict === "best" || data.best === `${row.target}/${row.backend}/${row.recipe}`;
+    const line = html("tr", { className: "candidate" + (row.feasible ? "" : " refused") + (best ? " best" : ""), tabIndex: 0 }, ...cells);
+    const flip = () => { state.open.has(row.id) ? state.open.delete(row.id) : state.open.add(row.id); drawTable(); };
+    line.addEventListener("click", flip);
+    line.addEventListener("keydown", event => { if (event.key === "Enter") flip(); });
+    return state.open.has(row.id) ? [line, detail(row)] : [line];
+  }));
+}
+
+function detail(row) {
+  const list = items => html("ul", {}, ...items.map(item => html("li", { textContent: item })));
+  const cell = html("div", {}, html("strong", { textContent: row.title || row.target }));
+  if (row.verdict) cell.append(html("p", { textContent: row.verdict }));
+  if (row.refusals.length) cell.append(list(row.refusals));
+  if (row.measured) cell.append(html("p", { textContent: `Measured: median ${seconds(row.measured.latency_s)} (${range(row.measured.ci_s, seconds)}), ${row.measured.where}` }));
+  if (row.calibration) cell.append(html("p", { textContent: `Calibrated on ${row.calibration}.` }));
+  const resources = Object.entries(row.resources || {});
+  if (resources.length) cell.append(html("p", { textContent: resources.map(([k, v]) => `${k} ${Math.round(v).toLocaleString("en")}`).join(" · ") }));
+  const kernels = row.roofline ? row.roofline.kernels : [];
+  if (kernels.length) {
+    cell.append(html("table", {}, html("tbody", {}, ...kernels.slice(0, 8).map(kernel => html("tr", {},
+      html("td", { textContent: kernel.op_type.length > 48 ? kernel.op_type.slice(0, 47) + "…" : kernel.op_type }), html("td", { className: "number", textContent: seconds(kernel.seconds) }),
+      html("td", { className: "number", textContent: scaled(kernel.operations, "op") }), html("td", { className: "number", textContent: bytes(kernel.bytes) }), html("td", { textContent: kernel.bound }))))));
+  }
+  if (row.notes.length) cell.append(list(row.notes));
+  return html("tr", { className: "open" }, html("td", { className: "detail", colSpan: COLUMNS.length }, cell));
+}
+
+function drawRefused() {
+  const refused = visible().filter(row => !row.feasible);
+  byId("refused").hidden = !refused.length;
+  byId("refused").querySelector("dl").replaceChildren(...refused.flatMap(row => [
+    html("dt", { textContent: `${row.target} with ${row.backend}` + (row.recipe === "none" ? "" : `, ${row.recipe}`) }),
+    ...row.refusals.slice(0, 3).map(reason => html("dd", { textContent: reason })),
+    row.refusals.length > 3 ? html("dd", { textContent: `and ${row.refusals.length - 3} more` }) : null,
+  ].filter(Boolean)));
+}
+
+function draw() {
+  drawFilters();
+  drawTabs();
+  drawChart();
+  drawTable();
+  drawRefused();
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  byId("theme").textContent = theme === "dark" ? "Light" : "Dark";
+}
+
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+byId("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+byId("search").addEventListener("input", event => { state.search = event.target.value.toLowerCase(); draw(); });
+byId("download").addEventListener("click", event => {
+  event.target.href = "data:application/json;charset=utf-8," + encodeURIComponent(JSON.stringify(data, null, 2));
+  event.target.download = `${(data.model || "plan").replace(/\.\w+$/, "")}.json`;
+});
+let width = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawChart(); } });
+drawHead();
+drawCards();
+draw();

@@ -1,0 +1,145 @@
+"""JSON, CSV and the table on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from trivium.compiler import plan as planning
+from trivium.compiler.compare import Comparison
+from trivium.compiler.report import units
+from trivium.compiler.types import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Result = Comparison | Plan
+
+COLUMNS = (
+    *("target", "backend", "recipe", "feasible", "latency_s", "interval_low_s", "interval_high_s"),
+    *("measured_s", "measured_low_s", "measured_high_s", "throughput_per_s", "memory_bytes"),
+    *("energy_j", "usd_per_million", "bound", "verdict", "refusals", "calibration", "notes"),
+)
+"""The columns of the CSV."""
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The JSON of a comparison or a plan, its rows under ``rows`` either way."""
+    if isinstance(result, Plan):
+        table = planning.to_json(result)
+        return {**table, "rows": table["candidates"]}
+    return result.to_json()
+
+
+def to_json(result: Result) -> str:
+    """What ``--json`` prints."""
+    table = planning.to_json(result) if isinstance(result, Plan) else result.to_json()
+    return json.dumps(table, indent=2, allow_nan=False)
+
+
+def to_csv(result: Result) -> str:
+    """One line for each candidate; what is unknown is empty."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in document(result)["rows"]:
+        low, high = row["interval_s"] or (None, None)
+        measured = row["measured"] or {}
+        first, last = measured.get("ci_s") or (None, None)
+        flat = {
+            **{key: row.get(key) for key in COLUMNS},
+            "interval_low_s": low,
+            "interval_high_s": high,
+            "measured_s": measured.get("latency_s"),
+            "measured_low_s": first,
+            "measured_high_s": last,
+            "refusals": "; ".join(row["refusals"]),
+            "notes": "; ".join(row["notes"]),
+        }
+        writer.writerow(flat)
+    return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the terminal's table.
+
+    Attributes:
+        least_width: Of the terminal; a narrower one leaves the column out.
+        only_if: Whether any row has something to show.
+    """
+
+    heading: str
+    show: Callable[[dict[str, Any]], str]
+    justify: Literal["left", "right"] = "right"
+    least_width: int = 0
+    only_if: Callable[[dict[str, Any]], bool] = lambda row: True
+
+    def wanted(self, rows: list[dict[str, Any]], width: int) -> bool:
+        return width >= self.least_width and any(self.only_if(row) for row in rows)
+
+
+def _latency_interval(row: dict[str, Any]) -> str:
+    return units.interval(row["interval_s"], units.seconds(row["latency_s"]))
+
+
+def _measured(row: dict[str, Any]) -> str:
+    return units.seconds((row["measured"] or {}).get("latency_s"))
+
+
+def _price(row: dict[str, Any]) -> str:
+    price = row["usd_per_million"]
+    return units.UNKNOWN if price is None else units.digits(price)
+
+
+TERMINAL = (
+    Column("target", lambda row: str(row["target"]), "left"),
+    Column("backend", lambda row: str(row["backend"]), "left"),
+    Column("recipe", lambda row: str(row["recipe"]), "left", 0, lambda r: r["recipe"] != "none"),
+    Column("latency", lambda row: units.seconds(row["latency_s"])),
+    Column("80% interval", _latency_interval, least_width=100),
+    Column("measured", _measured, only_if=lambda row: row["measured"] is not None),
+    Column("calls/s", lambda row: units.scaled(row["throughput_per_s"], ""), least_width=120),
+    Column("memory", lambda row: units.bytes_(row["memory_bytes"])),
+    Column("energy", lambda row: units.scaled(row["energy_j"], "J"), least_width=90),
+    Column("$/million", _price),
+    Column("bound", lambda row: row["bound"] or units.UNKNOWN, "left", 110),
+)
+
+
+def terminal(result: Result, *, console: Console | None = None) -> None:
+    """Print the candidates as a table, then why the refused ones are refused."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console or Console()
+    if console is None and not out.is_terminal:
+        out = Console(width=200)  # a pipe has no width to keep to
+    rows = document(result)["rows"]
+    columns = [column for column in TERMINAL if column.wanted(rows, out.width)]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.heading, justify=column.justify, no_wrap=True)
+    for row in rows:
+        if row["feasible"]:
+            cells = [column.show(row) for column in columns]
+            table.add_row(*cells, style="bold" if row.get("verdict") == "best" else "")
+    out.print(table)
+    refused = [row for row in rows if not row["feasible"]]
+    if refused:
+        out.print()
+        for row in refused:
+            more = len(row["refusals"]) - 1
+            reason = row["refusals"][0] + (f" (and {more} more)" if more else "")
+            out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
+    if isinstance(result, Plan):
+        out.print()
+        for row in rows:
+            if row["feasible"]:
+                where = f"{row['target']}/{row['backend']}/{row['recipe']}"
+                out.print(Text(f"{where}: {row['verdict']}"))

@@ -1,0 +1,246 @@
+"""The report: tables and files that say the same, and the HTML page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from trivium.backends.tensorrt import cost as tensorrt_cost
+from trivium.backends.xla import cost as xla_cost
+from trivium.compiler import build, report, targets
+from trivium.compiler.compare import Comparison, compare
+from trivium.compiler.plan import Constraints, choose
+from trivium.compiler.report import units
+from trivium.compiler.types import Candidate, Workload
+
+UNKNOWN = "\N{EN DASH}"
+HOSTILE = "</script><script>window.hacked = 1</script><!--<script>"
+
+
+@pytest.fixture(scope="module")
+def result(shared_data: Callable[[str], Path]) -> Comparison:
+    """A real model on the host (measured), on GPUs and TPUs (predicted), and refused on FPGAs."""
+    path = shared_data("models/mlperf_ic_resnet8_fp32.onnx")
+    measured = compare(path, ["cpu"], shape=["N=1"], measure=True)
+    model, _ = build.optimize(path, shape=["N=1"])
+    candidates = list(measured.candidates)
+    for name in targets.names():
+        target = targets.find(name)
+        if target.family == "fpga":
+            refusals = (f"node {HOSTILE} (Softmax): not quantized", "another")
+            candidates.append(Candidate(target, "fpga", "none", None, refusals))
+        for module in (xla_cost, tensorrt_cost):
+            if target.family == "gpu" or (target.family == "tpu" and module is xla_cost):
+                estimate = module.estimate(model, target, Workload())
+                backend = module.__name__.split(".")[-2]
+                candidates.append(Candidate(target, backend, "none", estimate))
+    return Comparison(path.name, Workload(dims={"N": 1}), tuple(candidates))
+
+
+def test_json_is_the_comparison(result: Comparison) -> None:
+    assert json.loads(report.to_json(result)) == json.loads(json.dumps(result.to_json()))
+
+
+def test_csv_has_a_line_for_each_candidate_and_empty_unknowns(result: Comparison) -> None:
+    lines = list(csv.DictReader(io.StringIO(report.to_csv(result))))
+    assert len(lines) == len(result.rows)
+    for line, row in zip(lines, result.rows, strict=True):
+        assert line["target"] == row["target"]
+        assert line["latency_s"] == ("" if row["latency_s"] is None else str(row["latency_s"]))
+        assert line["refusals"] == "; ".join(row["refusals"])
+
+
+def printed(result: Any, width: int) -> str:
+    stream = io.StringIO()
+    report.terminal(result, console=Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_terminal_shows_every_candidate_and_why_others_are_refused(result: Comparison) -> None:
+    text = printed(result, 200)
+    for row in result.rows:
+        assert row["target"] in text
+    assert "(and 1 more)" in text
+    assert "80% interval" in text
+
+
+def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(result: Comparison) -> None:
+    text = printed(result, 80)
+    table = text.split("\n\n")[0]
+    assert "…" not in table
+    assert "80% interval" not in table
+    assert max(len(line) for line in table.splitlines()) <= 80
+
+
+def test_a_plan_prints_its_verdicts(result: Comparison) -> None:
+    chosen = choose(result.candidates, Constraints(), "latency")
+    assert "times that of" in printed(chosen, 200)
+    assert json.loads(report.to_json(chosen))["best"]["verdict"] == "best"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.234e-6, "1.23 µs"), (0.5, "500 ms"), (12.0, "12.0 s"), (0.0, "0 s"), (None, units.UNKNOWN)],
+)
+def test_seconds_read_well(value: float | None, shown: str) -> None:
+    assert units.seconds(value) == shown
+
+
+def test_the_page_carries_its_data_and_refers_to_nothing(result: Comparison) -> None:
+    page = report.to_html(result)
+    start = page.index(">", page.index('id="data"')) + 1
+    data = page[start : page.index("</script>", start)]
+    assert json.loads(data) == json.loads(json.dumps(report.document(result)))
+    assert HOSTILE not in page
+    for reference in ("src=", "@import", "url(http", "fetch(", "XMLHttpRequest"):
+        assert reference not in page.replace(data, "")
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium and chromedriver (apt-get install chromium chromium-driver)")
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    from selenium.webdriver.chrome.service import Service
+
+    opened = selenium.Chrome(options=options, service=Service(driver))
+    opened.set_window_size(1200, 1400)
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, result: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(report.to_html(result), encoding="utf-8")
+    browser.get(file.as_uri())
+    return browser
+
+
+def find(page: Any, selector: str) -> list[Any]:
+    return list(page.find_elements("css selector", selector))
+
+
+def click(page: Any, selector: str) -> None:
+    element = find(page, selector)[0]
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    element.click()
+
+
+@pytest.mark.slow
+def test_the_page_draws_a_bar_for_each_known_latency(page: Any, result: Comparison) -> None:
+    known = [r for r in result.rows if r["feasible"] and r["latency_s"] is not None]
+    assert len(find(page, "#chart svg g")) == len(known)
+    assert len(find(page, "#chart svg path.measured")) == 1
+    assert len(find(page, "tr.candidate")) == len(result.rows)
+    assert len(find(page, "#refused dt")) == len([r for r in result.rows if not r["feasible"]])
+    assert "</script>" in page.find_element("id", "refused").text
+
+
+@pytest.mark.slow
+def test_headings_sort_both_ways_with_the_unknown_last(page: Any) -> None:
+    def latencies() -> list[str]:
+        return [row.text for row in find(page, "tr.candidate td:nth-child(3)")]
+
+    heading = "#table th:nth-child(3) button"
+    click(page, heading)
+    ascending = latencies()
+    assert find(page, "#table th:nth-child(3)")[0].get_attribute("aria-sort") == "ascending"
+    click(page, heading)
+    descending = latencies()
+    known = [text for text in ascending if not text.startswith(UNKNOWN)]
+    assert len(known) > 10
+    assert [text for text in descending if not text.startswith(UNKNOWN)] != known
+    assert ascending[-1].startswith(UNKNOWN)
+    assert descending[-1].startswith(UNKNOWN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["throughput", "memory", "energy", "cost", "roofline", "latency"])
+def test_each_tab_draws_its_chart(page: Any, tab: str) -> None:
+    click(page, f"[data-tab={tab}]")
+    assert find(page, f"[data-tab={tab}]")[0].get_attribute("aria-selected") == "true"
+    assert len(find(page, "#chart svg")) == 1
+    if tab == "roofline":
+        assert len(find(page, "#chart path.roof")) > 10
+        before = page.find_element("id", "caption").text
+        page.execute_script(
+            "document.querySelectorAll('#chart circle[role=button]')[5]"
+            ".dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+        )
+        assert page.find_element("id", "caption").text != before
+
+
+@pytest.mark.slow
+def test_filters_narrow_the_chart_and_the_table(page: Any, result: Comparison) -> None:
+    click(page, "[data-family=tpu]")
+    tpus = [r for r in result.rows if r["family"] == "tpu"]
+    assert len(find(page, "tr.candidate")) == len(tpus)
+    search = page.find_element("id", "search")
+    search.send_keys("v5e")
+    assert len(find(page, "tr.candidate")) == len([r for r in tpus if "v5e" in r["target"]])
+    page.execute_script(
+        "arguments[0].value = ''; arguments[0].dispatchEvent(new Event('input'))", search
+    )
+    click(page, "[data-family=all]")
+    assert len(find(page, "tr.candidate")) == len(result.rows)
+
+
+@pytest.mark.slow
+def test_a_row_opens_with_calibration_and_notes(page: Any) -> None:
+    page.execute_script("document.querySelector('tr.candidate:not(.refused)').click()")
+    detail = find(page, "td.detail")[0].text
+    assert "Calibrated on" in detail
+    page.execute_script("document.querySelector('tr.candidate:not(.refused)').click()")
+    assert not find(page, "td.detail")
+
+
+@pytest.mark.slow
+def test_the_theme_switches(page: Any) -> None:
+    def background() -> str:
+        return str(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+    before = background()
+    click(page, "#theme")
+    assert background() != before
+    click(page, "#theme")
+    assert background() == before
+
+
+@pytest.mark.slow
+def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
+    size = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    wide = page.execute_script("return document.documentElement.scrollWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= 375
+
+
+@pytest.mark.slow
+def test_nothing_was_logged_injected_or_requested(page: Any) -> None:
+    assert page.execute_script("return window.hacked") is None
+    assert page.get_log("browser") == []
+    requested = [
+        json.loads(entry["message"])["message"]["params"]["request"]["url"]
+        for entry in page.get_log("performance")
+        if json.loads(entry["message"])["message"]["method"] == "Network.requestWillBeSent"
+    ]
+    assert all(url.startswith(("file:", "data:")) for url in requested)
+    assert len([url for url in requested if url.startswith("file:")]) == 1
