@@ -126,11 +126,16 @@ def all_targets() -> list[str]:
 
 @dataclass(frozen=True)
 class _Optimized:
-    """A model after a recipe, and the targets and backends that it was optimized for."""
+    """A model after a recipe, and the targets and backends that it was optimized for.
+
+    Attributes:
+        problem: Why the recipe could not be run, if it could not.
+    """
 
     model: ir.Model
     workload: Workload
     pairs: list[tuple[Target, str]]
+    problem: str = ""
 
 
 def _optimized(
@@ -157,16 +162,20 @@ def _optimized(
         shapes.bind(bound, workload)
         shapes.require_static(models.signature(bound)[0], "a prediction")
         feeds = _feeds(bound, workload, calibration, seed)
-        optimized, _ = build.optimize(
-            loaded,
-            chosen,
-            shape=shape,
-            calibration=feeds,
-            target=group[0][0] if by_target else None,
-            backend=group[0][1] if by_backend else None,
-            seed=seed,
-        )
-        yield _Optimized(optimized, workload, group)
+        problem = ""
+        try:
+            build.optimize(
+                loaded,
+                chosen,
+                shape=shape,
+                calibration=feeds,
+                target=group[0][0] if by_target else None,
+                backend=group[0][1] if by_backend else None,
+                seed=seed,
+            )
+        except TriviumError as error:
+            problem = f"recipe {chosen.name}: {error}"
+        yield _Optimized(loaded, workload, group, problem)
 
 
 def _feeds(
@@ -205,6 +214,8 @@ def _candidate(
 ) -> Candidate:
     """Legalize a clone for a target and price it; whatever goes wrong becomes a refusal."""
     made = Candidate(target, backend_name, recipe_name, None)
+    if optimized.problem:
+        return replace(made, refusals=(optimized.problem,))
     if backend_name not in plugins.names("trivium.backends"):
         return replace(made, refusals=(f"the backend {backend_name} is not installed",))
     backend: Backend = plugins.get("trivium.backends", backend_name)

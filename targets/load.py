@@ -65,7 +65,7 @@ def load(name: str, topology: str | None = None) -> Target:
         raise BadInput(
             f"no slice {shape!r}",
             about=f"{name}:{shape}",
-            remedy=f"it is rented as {', '.join(slices['shapes'])}",
+            remedy=f"it comes as {', '.join(slices['shapes'])}",
         )
     chips = math.prod(int(size) for size in shape.split("x"))
     options = dict(document.get("options", {}))

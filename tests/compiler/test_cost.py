@@ -18,8 +18,8 @@ from trivium.backends.tensorrt import cost as tensorrt_cost
 from trivium.backends.tvm import cost as tvm_cost
 from trivium.backends.xla import cost as xla_cost
 from trivium.compiler import build, targets
-from trivium.compiler.cost import Z80, Profile, does_not_fit, roofline
-from trivium.compiler.kernels import kernels_of, peak_activation_bytes
+from trivium.compiler.cost import Z80, Profile, does_not_fit, roofline, time_kernel
+from trivium.compiler.kernels import Kernel, kernels_of, peak_activation_bytes
 from trivium.compiler.types import Estimate, Target, Workload
 
 PERFECT = Profile(1.0, 1.0, 0.0, "by hand")
@@ -257,6 +257,17 @@ def test_each_backend_predicts_a_real_model(
     assert estimate.calibration
     assert estimate.bytes_peak is not None
     assert 1.0e6 < estimate.bytes_peak < 3e6
+
+
+def test_float32_on_a_tpu_takes_six_passes_of_bfloat16() -> None:
+    target = targets.find("tpu-v6e")
+    kernel = Kernel("k", ("MatMul",), {"float32": 1e12})
+    half = Kernel("k", ("MatMul",), {"bfloat16": 1e12})
+    full, _ = time_kernel(kernel, target, xla_cost.PROFILES["tpu"])
+    once, _ = time_kernel(half, target, xla_cost.PROFILES["tpu"])
+    assert full is not None
+    assert once is not None
+    assert full.compute == pytest.approx(6 * once.compute)
 
 
 def test_int8_is_faster_where_the_engine_multiplies_integers(

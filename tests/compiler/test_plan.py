@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import trivium
 from trivium.compiler import plan as planning
-from trivium.compiler import targets
+from trivium.compiler import plugins, targets
 from trivium.compiler.compare import Comparison, compare, row
 from trivium.compiler.errors import BadInput, ConstraintUnmet
+from trivium.compiler.passing import Pass
 from trivium.compiler.plan import Constraints, choose, parse_bytes, parse_seconds, require_best
+from trivium.compiler.recipe import Recipe, Step
 from trivium.compiler.timing import median_ranks, summarize, time_calls
-from trivium.compiler.types import Candidate, Estimate, Target, Workload
+from trivium.compiler.types import Candidate, Estimate, Preserves, Target, Workload
 
 
 def candidate(
@@ -176,6 +182,41 @@ def test_a_symbolic_dimension_names_itself_and_the_flag(shared_data: Callable[[s
 def test_an_unknown_backend_is_refused(shared_data: Callable[[str], Path]) -> None:
     with pytest.raises(BadInput, match="no backend named 'magic'"):
         compare(shared_data("models/cifar_resnet20.onnx"), shape=["N=1"], backends=["magic"])
+
+
+def test_a_recipe_that_cannot_run_is_a_refusal_beside_one_that_can(
+    tmp_path: Path,
+) -> None:
+    model = onnx.parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 21]>
+    agraph (float[2, 2] x) => (float[2, 2] y) { y = Relu(x) }
+    """)
+    onnx.save(model, tmp_path / "relu.onnx")
+    failing = Recipe("failing", (Step("always-fails"),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "get", _with_a_failing_pass(plugins.get))
+        result = compare(tmp_path / "relu.onnx", ["cpu"], recipes=("none", failing))
+    rows = {r["recipe"]: r for r in result.rows}
+    assert rows["none"]["feasible"]
+    assert rows["failing"]["refusals"] == ["recipe failing: the pass cannot; try another"]
+
+
+@dataclass(frozen=True)
+class _AlwaysFails(Pass):
+    """A pass that declines the whole model, as one does that lacks its calibration."""
+
+    name: ClassVar[str] = "always-fails"
+    preserves: ClassVar[Preserves] = "exact"
+
+    def run(self, model: ir.Model) -> bool:
+        raise BadInput("the pass cannot", remedy="try another")
+
+
+def _with_a_failing_pass(get: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    def found(group: str, name: str) -> Any:
+        return _AlwaysFails if name == "always-fails" else get(group, name)
+
+    return found
 
 
 def test_measuring_times_the_host(shared_data: Callable[[str], Path]) -> None:

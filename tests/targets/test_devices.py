@@ -52,6 +52,7 @@ def test_figures_are_plausible(name: str) -> None:
         ("tpu-v5e:2x2", 4),
         ("tpu-v5e:16x16", 256),
         ("tpu-v5p:4x4x4", 64),
+        ("tpu-v4", 1),
         ("tpu-v4:2x2x1", 4),
         ("tpu-7x:2x2x2", 8),
         ("tpu-v6e", 1),
@@ -70,9 +71,9 @@ def test_a_slice_has_the_product_of_its_sides_in_chips(name: str, chips: int) ->
 )
 def test_a_slice_that_does_not_exist_is_refused_with_those_that_do(name: str) -> None:
     if name.endswith(":"):
-        assert targets.find(name).topology == "2x2x1"
+        assert targets.find(name).topology == "1x1x1"
         return
-    with pytest.raises(BadInput, match="rented as") as caught:
+    with pytest.raises(BadInput, match="it comes as") as caught:
         targets.find(name)
     assert "2x2" in str(caught.value)
     assert "\n" not in str(caught.value)
