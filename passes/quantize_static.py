@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
@@ -15,7 +15,7 @@ from trivium.compiler.types import Preserves
 from trivium.passes.quantization import linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
 from trivium.passes.quantization.insertion import Inserter
-from trivium.passes.quantization.observers import OBSERVERS
+from trivium.passes.quantization.observers import OBSERVERS, Observer
 from trivium.passes.quantization.placement import DEFAULT, PLACEMENTS, Placement
 from trivium.passes.quantization.planning import Plan, plan
 
@@ -30,7 +30,8 @@ class QuantizeStatic(Pass):
     Where that is, is data: see `trivium.passes.quantization.placement`. The placement is that of
     the backend compiled for unless ``policy`` names one. Weights are int8, symmetric, by default
     with a scale for each output channel; activations have one scale each, from calibration data
-    that is run through the graph once or a few times while only statistics are kept.
+    that is run through the graph once or a few times while only statistics are kept. The model's
+    own inputs and outputs keep their whole range whatever the method.
 
     Left alone: what is quantized already (so that running twice changes nothing), subgraphs,
     weights with NaN or infinity, tensors that the calibration data never reaches or that hold NaN
@@ -131,8 +132,14 @@ class QuantizeStatic(Pass):
             )
         codes = self._grid(placement)[0]
         count = codes.high - codes.low + 1
-        make: Any = OBSERVERS[self.method]
-        seen = calibrate(model, values, self.calibration, lambda _: make(count))
+
+        def make(value: ir.Value) -> Observer:
+            # What the caller hands in or reads is not a tail to be clipped: two classes whose
+            # scores are both clipped have the same score.
+            outside = value.is_graph_input() or value.is_graph_output()
+            return OBSERVERS["minmax" if outside else self.method](count)
+
+        seen = calibrate(model, values, self.calibration, make)
         if seen.samples == 1:
             decline(
                 model.graph.inputs[0],

@@ -15,6 +15,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 BINS = 2048
 
+TRACE = 1e-4
+"""Of a count, for what the grid cannot give (the smoothing that MXNet and ONNX Runtime use)."""
+
 
 class Observer(Protocol):
     """Learns the range of a tensor.
@@ -161,8 +164,9 @@ def _divergence(kept: Array, clipped: float, levels: int) -> float:
     approximation = np.where(occupied, spread, 0.0)
     reference = kept.copy()
     reference[-1] += clipped
-    if approximation[-1] == 0 and reference[-1] > 0:
-        return float("inf")
+    if approximation[-1] == 0:
+        # Where only clipped values land, Q has nothing: a trace keeps the divergence finite.
+        approximation[-1] = TRACE
     total_p, total_q = reference.sum(), approximation.sum()
     if total_p == 0 or total_q == 0:
         return float("inf")
