@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import onnx.defs
     import onnx_ir as ir
 
-_CASTS = {"tensor(float16)": "tensor(float)", "tensor(bfloat16)": "tensor(float)"}
-"""Where a kernel lacks the first type, ONNX Runtime inserts casts to the second."""
+_CASTS = {"tensor(float16)": "tensor(float)"}
+"""Where a kernel lacks the first type, ONNX Runtime inserts casts to the second (but none for
+bfloat16, which its CPU kernels lack)."""
 
 
 @dataclass(frozen=True)

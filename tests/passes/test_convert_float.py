@@ -14,8 +14,10 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+import trivium
 from tests.property import graphs
 from trivium.compiler import build, model, recipe, reference, samples
+from trivium.compiler.errors import Unsupported
 from trivium.compiler.passing import declining
 from trivium.compiler.types import Workload
 from trivium.passes.convert_float import ConvertFloat
@@ -173,3 +175,11 @@ def test_a_real_network(shared_data: Callable[[str], Path]) -> None:
     after = reference.run_model(made, data).outputs[0]
     for name, want in before.items():
         assert np.abs(after[name] - want).max() < 1e-2 * np.abs(want).max()
+
+
+def test_this_cpu_refuses_bfloat16_by_name(tmp_path: Path) -> None:
+    model.save(mlp(), tmp_path / "mlp.onnx")
+    with pytest.raises(
+        Unsupported, match=r"no CPU kernel for Gemm-13, A of type tensor\(bfloat16\)"
+    ):
+        trivium.compile(tmp_path / "mlp.onnx", recipe="bf16", out=tmp_path / "a")
