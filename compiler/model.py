@@ -182,6 +182,9 @@ def content_hash(path: str | os.PathLike[str], model: ir.Model | None = None) ->
 def _external_files(path: Path, model: ir.Model) -> list[Path]:
     import onnx_ir as ir
 
+    proto = _read_proto(path)
+    repair(proto, str(path))
+    model = _deserialize(proto, path)
     found = {
         path.parent / tensor.location
         for tensor in tensors(model)

@@ -33,4 +33,5 @@ PASSES: dict[str, str] = {
     "unflatten-softmax": "trivium.passes.unflatten_softmax:UnflattenSoftmax",
     "quantize-weights": "trivium.passes.quantize_weights:QuantizeWeights",
     "unique-names": "trivium.passes.unique_names:UniqueNames",
+    "widen-attention-mask": "trivium.passes.widen_attention_mask:WidenAttentionMask",
 }

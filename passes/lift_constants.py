@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,47 +47,47 @@ def _drop_defaults(graph: ir.Graph) -> bool:
     return True
 
 
-def _names(model: ir.Model) -> set[str]:
+def _names(model: ir.Model) -> Counter[str]:
     """Every name in every graph: a lifted constant must be hidden by none."""
-    names: set[str] = set()
+    names: Counter[str] = Counter()
     for graph in model.graphs():
         names.update(value.name or "" for value in graph.inputs)
-        names.update(graph.initializers)
+        names.update(graph.initializers.keys())
         names.update(value.name or "" for node in graph for value in node.outputs)
     return names
 
 
-def _lift_initializers(graph: ir.Graph, top: ir.Graph, taken: set[str]) -> bool:
+def _lift_initializers(graph: ir.Graph, top: ir.Graph, taken: Counter[str]) -> bool:
     inputs = set(graph.inputs)
     modified = False
     for name, value in list(graph.initializers.items()):
         if value.const_value is None or value in inputs or value.is_graph_output():
             continue
-        lifted = initializer(top, value.const_value, _unique(name, taken))
-        value.replace_all_uses_with(lifted)
         del graph.initializers[name]
+        _store(value, value.const_value, top, taken)
         modified = True
     return modified
 
 
-def _lift_node(node: ir.Node, top: ir.Graph, taken: set[str]) -> bool:
+def _lift_node(node: ir.Node, top: ir.Graph, taken: Counter[str]) -> bool:
     result = node.outputs[0]
-    tensor = ir.convenience.get_const_tensor(result)
-    if tensor is None or result.is_graph_output():
+    if result.is_graph_output():
         return False
-    name = result.name or "constant"
-    if node.graph is top:
-        result.name = None
-        taken.discard(name)
-    lifted = initializer(top, tensor, _unique(name, taken))
-    result.replace_all_uses_with(lifted)
+    tensor = ir.convenience.get_const_tensor(result)
+    if tensor is None:
+        return False
+    _store(result, tensor, top, taken)
     graph_of(node).remove(node, safe=True)
     return True
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _store(value: ir.Value, tensor: ir.TensorProtocol, top: ir.Graph, taken: Counter[str]) -> None:
+    """Let an initializer of the main graph stand for a value, under its name if that is free."""
+    name = value.name or "constant"
+    taken[name] -= 1
+    value.name = None
     unique, index = name, 1
-    while unique in taken:
+    while taken[unique] > 0:
         unique, index = f"{name}_{index}", index + 1
-    taken.add(unique)
-    return unique
+    taken[unique] += 1
+    value.replace_all_uses_with(initializer(top, tensor, unique))

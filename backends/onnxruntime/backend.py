@@ -32,10 +32,12 @@ class OnnxRuntimeBackend:
         return {"onnxruntime": version("onnxruntime")}
 
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
-        # Normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization, Gelu have
-        # CPU kernels that were measured to be no slower than their expansions, and Q/DQ is what
-        # its own fusions look for.
-        return ()
+        # Otherwise normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization
+        # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
+        # Q/DQ is what its own fusions look for.
+        from trivium.passes.widen_attention_mask import WidenAttentionMask
+
+        return (WidenAttentionMask(),)
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
