@@ -12,6 +12,7 @@ from trivium.passes.fuse_bias import FuseBias
 from trivium.passes.recognize_activations import RecognizeActivations
 from trivium.passes.recognize_attention import RecognizeAttention
 from trivium.passes.recognize_normalization import RecognizeNormalization
+from trivium.passes.recognize_rotary import RecognizeRotary
 from trivium.passes.widen_attention_mask import WidenAttentionMask
 
 RNG = np.random.default_rng(0)
@@ -220,6 +221,40 @@ def test_mask_gets_the_rows_that_onnxruntime_wants() -> None:
     assert WidenAttentionMask()(made).modified
     assert not WidenAttentionMask()(made).modified
     np.testing.assert_allclose(run(made, feed(made)), run(plain, feed(plain)), rtol=1e-5, atol=1e-5)
+
+
+# --- rotary embedding -----------------------------------------------------------------------------
+
+ROTARY = (
+    "l = Constant<value=int64[1] {0}>() h = Constant<value=int64[1] {4}>() "
+    "u = Constant<value=int64[1] {9223372036854775807}>() n = Constant<value=int64[1] {3}>() "
+    "i = Constant<value=int64[1] {1}>() "
+    "e = Concat<axis=-1>(f, g) c = Cos(e) s = Sin(e) cu = Unsqueeze(c, i) su = Unsqueeze(s, i) "
+    "a = Slice(x, l, h, n) b = Slice(x, h, u, n) m = Neg(b) r = Concat<axis=-1>(m, a) "
+    "p = Mul(x, cu) q = Mul(r, su) y = Add(p, q)"
+)
+
+
+def test_rotary_embedding() -> None:
+    made = model(
+        "(float[B,2,S,8] x, float[B,S,4] f) => (float[B,2,S,8] y)"
+        f"{{ {ROTARY.replace('(f, g)', '(f, f)')} }}"
+    )
+    left = check(RecognizeRotary(), made)
+    assert left == {"RotaryEmbedding": 1, "Cos": 1, "Sin": 1}
+
+
+@pytest.mark.parametrize(
+    ("angles", "reason"),
+    [
+        ("float[B,S,4] f, float[B,S,4] g", "angles that repeat"),
+        ("float[1,S,4] f", "angles of batch 1"),
+    ],
+)
+def test_rotary_embedding_by_other_angles_stays(angles: str, reason: str) -> None:
+    body = ROTARY if "g" in angles else ROTARY.replace("(f, g)", "(f, f)")
+    made = model(f"(float[B,2,S,8] x, {angles}) => (float[B,2,S,8] y) {{ {body} }}")
+    assert any(reason in note.reason for note in declined(RecognizeRotary(), made))
 
 
 # --- bias -----------------------------------------------------------------------------------------
