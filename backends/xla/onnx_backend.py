@@ -54,7 +54,7 @@ class XlaRep(BackendRep):
         self.baked = ()
         with precise():
             try:
-                results = self._jitted(weights, feed)
+                results = self._run_jitted(weights, feed)
             except NeedsValue:
                 if not self._bake:
                     raise
@@ -70,12 +70,33 @@ class XlaRep(BackendRep):
             raise BadInput(f"{len(values)} inputs for a model that takes {len(names)}")
         return dict(zip(names, values, strict=False))
 
+    def _run_jitted(self, weights: dict[str, Any], feed: dict[str, Any]) -> dict[str, Any]:
+        """Run with every input an argument."""
+        for name, value in feed.items():
+            if _is_text(value):
+                raise NeedsValue("strings cannot be arguments of a program", about=name, value=None)
+        results: dict[str, Any] = self._jitted(weights, feed)
+        return results
+
     def _run_baked(self, weights: dict[str, Any], feed: dict[str, Any]) -> dict[str, Any]:
         """Make a program for the values of the inputs that can say a shape: integers, and the
-        few floats that Resize scales by; the others stay arguments.
+        few floats that Resize scales by; the others stay arguments unless asked for by name.
         """
-        fixed = {name: value for name, value in feed.items() if _may_shape(value)}
-        rest = {name: value for name, value in feed.items() if name not in fixed}
+        fixed = {name for name, value in feed.items() if _may_shape(value)}
+        while True:
+            try:
+                return self._run_fixed(weights, feed, fixed)
+            except NeedsValue as error:
+                name = error.value.name if error.value is not None else None
+                if name is None or name not in feed or name in fixed:
+                    raise
+                fixed.add(name)
+
+    def _run_fixed(
+        self, weights: dict[str, Any], feed: dict[str, Any], names: set[str]
+    ) -> dict[str, Any]:
+        fixed = {name: value for name, value in feed.items() if name in names}
+        rest = {name: value for name, value in feed.items() if name not in names}
         self.baked = tuple(fixed)
         known: dict[str, Any] = {}
 
@@ -94,11 +115,17 @@ def _array(value: Any) -> Any:
     return value
 
 
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_is_text(item) for item in value)
+    return value is not None and np.asarray(value).dtype.kind in "OSUT"
+
+
 def _may_shape(value: Any) -> bool:
-    if value is None or isinstance(value, list):
+    if value is None or isinstance(value, list) or _is_text(value):
         return True
     array = np.asarray(value)
-    return array.dtype.kind in "biuOU" or array.size <= 8
+    return array.dtype.kind in "biu" or array.size <= 8
 
 
 def _numpy(value: Any) -> Any:

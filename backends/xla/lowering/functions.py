@@ -117,7 +117,7 @@ def _parsed(schema: Any, proto: onnx.FunctionProto, standard: int) -> Body:
     outputs = list(proto.output)
     del proto.output[:]
     proto.output.extend(name for name in outputs if name in made)
-    function = ir.from_proto(proto)
+    function = ir.serde.deserialize_function(proto)
     opsets = {"": standard, **function.opset_imports}
     return Body(function, opsets, _defaults(schema), tuple(outputs))
 

@@ -97,6 +97,5 @@ def _argument(value: ir.Value, given: Mapping[str, Any]) -> Any:
 def _result(value: Any) -> Any:
     if isinstance(value, list):
         return [_result(item) for item in value]
-    if value is None or (isinstance(value, np.ndarray) and value.dtype == object):
-        return value
-    return jnp.asarray(value)
+    text = isinstance(value, np.ndarray) and value.dtype.kind in "OSUT"
+    return value if value is None or text else jnp.asarray(value)

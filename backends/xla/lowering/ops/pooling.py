@@ -117,6 +117,31 @@ def lp_pool(op: Op, x: Any) -> Any:
     return jnp.power(total, 1 / p)
 
 
+@handles("MaxUnpool", since=9, constants=(2,))
+def max_unpool(op: Op, x: Any, indices: Any, shape: Any = None) -> Any:
+    """Put each value where MaxPool took it from; the rest is zero."""
+    kernel = op.attr("kernel_shape")
+    rank = len(kernel)
+    strides = op.attr("strides") or [1] * rank
+    pads = op.attr("pads") or [0] * (2 * rank)
+    inferred = [
+        (x.shape[axis + 2] - 1) * strides[axis] - pads[axis] - pads[axis + rank] + kernel[axis]
+        for axis in range(rank)
+    ]
+    inner = (*x.shape[:2], *inferred)
+    if shape is None:
+        full: tuple[int, ...] = inner
+    elif op.known(shape):
+        full = tuple(op.ints(2, shape))
+    elif (promised := op.shape()) is not None:
+        full = promised
+    else:
+        raise op.needs(2)
+    flat = jnp.zeros((int(np.prod(inner)),), x.dtype)
+    y = flat.at[jnp.reshape(indices, -1)].set(jnp.reshape(x, -1)).reshape(inner)
+    return jnp.pad(y, [(0, size - old) for size, old in zip(full, inner, strict=True)])
+
+
 def _spatial(x: Any) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
