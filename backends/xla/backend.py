@@ -9,6 +9,7 @@ and no run on a CPU would show it) and ``deadline=SECONDS``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -100,7 +101,8 @@ class XlaBackend:
 
 def _case_name(case: Workload) -> str:
     """What the program of one combination of buckets is called: ``main`` if there is but one."""
-    return "-".join(f"{dim}{case.dims[dim]}" for dim in case.buckets) or "main"
+    name = "-".join(f"{dim}{case.dims[dim]}" for dim in case.buckets)
+    return re.sub(r"[^\w-]", "_", name) or "main"
 
 
 def _without_buckets(model: ir.Model, workload: Workload) -> list[TensorInfo]:

@@ -22,6 +22,7 @@ _CALL = re.compile(
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"(?P<dtype>pred|bf16|[sufc]\d+(?:e\w+)?)\[(?P<dims>[\d,]*)\]")
+_FLAG_BYTES = 4
 _LOOP = re.compile(r"\bwhile\(")
 
 
@@ -35,9 +36,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for match in _CALL.finditer(text):
         arrays = [_bytes(array) for array in _ARRAY.finditer(match["type"])]
-        # The type of a -start is a tuple of operand and result: the result is the last array
-        # that is no synchronization flag.
-        size = max(arrays, default=0) if match["start"] else sum(arrays)
+        # The type of a -start is a tuple: operands, results, then flags, which are scalars.
+        if match["start"]:
+            arrays = [size for size in arrays if size > _FLAG_BYTES][-1:]
+        size = sum(arrays)
         entry = found.setdefault(match["op"], {"count": 0, "bytes": 0})
         entry["count"] += 1
         entry["bytes"] += size

@@ -18,9 +18,11 @@ What is compiled for the device is the export, not the model that it was made fr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,7 @@ Json = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Read the job, do it, write the result; the exit status is 0 if there is a result."""
+    _end_with_parent()
     job_path, result_path = map(Path, arguments)
     job = json.loads(job_path.read_text(encoding="utf-8"))
     try:
@@ -49,10 +52,17 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
         result = {"error": _error_json(_translated(error, job["target"]))}
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    partial = result_path.with_suffix(".partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(partial, result_path)
+    unfinished = result_path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(unfinished, result_path)
     return 0
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process with the one that waits for it, where Linux can."""
+    if sys.platform == "linux":
+        parent_death_signal = 1
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
 
 def _error_json(error: TriviumError) -> Json:
@@ -268,7 +278,10 @@ def _machine_code(compiled: Any, folder: Path) -> Json:
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-    """The compiler's own account of one device's memory, in bytes."""
+    """The compiler's own account of one device's memory, in bytes; the parts add up to all of it.
+
+    What outputs share with donated arguments is counted in both, and so negative once.
+    """
     stats = compiled.memory_analysis()
     return {
         "arguments": stats.argument_size_in_bytes,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +193,44 @@ def test_a_device_that_is_too_small(bytes_: int, part: str, tmp_path: Path) -> N
     with pytest.raises(Unsupported, match=rf"cpu: it needs .*{part}.* and a device has {bytes_}"):
         compiled(saved(small_model(), tmp_path), tiny, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+TENSOR_PARALLEL = """
+import jax, json, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from trivium.backends.xla import hlo, worker
+from trivium.backends.xla.platforms import Device
+
+mesh = Mesh(np.array(worker.compile_devices(Device("tpu", 4, "v5e:2x2"))), ("chips",))
+on = lambda *axes: NamedSharding(mesh, P(*axes))
+of = lambda *shape: jax.ShapeDtypeStruct(shape, np.float16)
+block = jax.jit(
+    lambda x, up, down: jax.nn.relu(x @ up) @ down,
+    in_shardings=(on("chips"), on(None, "chips"), on("chips", None)),
+    out_shardings=on(),
+)
+compiled = block.lower(of(64, 512), of(512, 2048), of(2048, 512)).compile()
+print(json.dumps(hlo.collectives(compiled.as_text())))
+"""
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_the_collectives_of_a_tensor_parallel_block() -> None:
+    """Its activations (64 x 512 halves) are gathered once and its partial sums added once."""
+    environment = platforms.environment(platforms.device_of(V5E))
+    output = subprocess.run(
+        [sys.executable, "-P", "-c", TENSOR_PARALLEL],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    found = json.loads(output)
+    assert found.keys() == {"all-gather", "all-reduce"}
+    assert all(one["count"] == 1 for one in found.values())
+    assert found["all-gather"]["bytes"] == 64 * 512 * 2
 
 
 @needs_tpu

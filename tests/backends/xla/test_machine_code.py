@@ -15,6 +15,7 @@ HLO = """
 ENTRY %main {
   %ar = f32[4,128]{1,0:T(4,128)} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4]
   %ags = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%y), dimensions={0}
+  %rs = ((f32[64,8]{1,0}), f32[16,8]{1,0}, u32[], u32[]) reduce-scatter-start(%z), channel_id=3
   %agd = bf16[32,16]{1,0} all-gather-done(%ags)
   ROOT %two = (s8[10]{0}, pred[3]{0}) all-to-all(%a, %b)
   %fusion = f32[4] fusion(%all-reduce.1), kind=kLoop
@@ -27,6 +28,7 @@ def test_collectives_are_counted_once_with_their_bytes() -> None:
         "all-reduce": {"count": 1, "bytes": 4 * 128 * 4},
         "all-gather": {"count": 1, "bytes": 32 * 16 * 2},
         "all-to-all": {"count": 1, "bytes": 13},
+        "reduce-scatter": {"count": 1, "bytes": 16 * 8 * 4},
     }
     assert hlo.collectives("%x = f32[2] add(%a, %b)") == {}
 
