@@ -21,6 +21,7 @@ PASSES: dict[str, str] = {
     "recognize-attention": "trivium.passes.recognize_attention:RecognizeAttention",
     "recognize-normalization": "trivium.passes.recognize_normalization:RecognizeNormalization",
     "recognize-rotary": "trivium.passes.recognize_rotary:RecognizeRotary",
+    "insert-kv-cache": "trivium.passes.insert_kv_cache:InsertKVCache",
     "remove-dead-code": "trivium.passes.remove_dead_code:RemoveDeadCode",
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
     "remove-no-ops": "trivium.passes.remove_no_ops:RemoveNoOps",

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ import pytest
 
 from trivium.compiler import model as models
 from trivium.compiler import reference
+from trivium.models.checkpoint import Checkpoint
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -62,3 +64,20 @@ def assert_normal_form(model: ir.Model, folder: Path) -> None:
             assert value.dtype is not None
             assert value.shape is not None
             assert "unk" not in str(value.shape), f"{value.name} lost its symbolic dimensions"
+
+
+def random_model(config: Mapping[str, Any], folder: Path) -> ir.Model:
+    """Build an architecture from a checkpoint that has whatever tensor is asked for, at random."""
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", {})
+    rng = np.random.default_rng(0)
+
+    def tensor(
+        self: Checkpoint, name: str, shape: tuple[int, ...], *, transpose: bool = False
+    ) -> ir.TensorProtocol:
+        centre = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+        array = rng.standard_normal(shape) * 0.15 + centre
+        return ir.tensor(array.astype(np.float32), name=name)
+
+    with mock.patch.object(Checkpoint, "tensor", tensor):
+        return models.load(folder)
