@@ -42,6 +42,9 @@ REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"})
 SHAPING = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
 class Kind(Enum):
     """What a value is about; see the module's docstring."""
 
@@ -162,6 +165,8 @@ def _flow(graph: ir.Graph, sequence: Sequence) -> tuple[frozenset[ir.Value], Not
         kinds = {sequence.kind(value) for value in node.inputs}
         if is_op(node, "Attention") and sequence.kind(node.inputs[0]) is not Kind.TOKEN:
             return frozenset(), NotUnderstood(node, "no token reaches its queries")
+        if any(attr.type in _GRAPHS for attr in node.attributes.values()):
+            return frozenset(), NotUnderstood(node, "its body may read any value")
         if is_op(node, "Shape"):
             about_length = bool(kinds & {Kind.TOKEN, Kind.TOTAL})
             _set(sequence, node, Kind.LENGTH if about_length else Kind.STATIC)

@@ -343,3 +343,23 @@ def test_positions_counted_from_the_end_are_left_alone() -> None:
     assert start is not None
     start.const_value = ir.tensor(np.array([-5]), name=start.name)
     assert "depends on the whole sequence" in declined(model)
+
+
+def test_body_that_may_mix_positions_is_named() -> None:
+    model = by_hand()
+    gather = next(node for node in model.graph if node.op_type == "Gather")
+    embedded = gather.outputs[0]
+    readers = list(embedded.uses())
+    bodies = {}
+    for branch in ("then_branch", "else_branch"):
+        inner = ir.node("CumSum", [embedded, model.graph.initializers["constant2"]], name=branch)
+        inner.outputs[0].name = f"{branch}.out"
+        bodies[branch] = ir.Graph([], inner.outputs, nodes=[inner], name=branch)
+    flag = ir.node("Constant", [], {"value": ir.tensor(np.array(True))}, name="flag")
+    flag.outputs[0].name = "flag.out"
+    choice = ir.node("If", flag.outputs, bodies, name="choice")
+    choice.outputs[0].name, choice.outputs[0].shape = "choice.out", embedded.shape
+    model.graph.insert_after(gather, [flag, choice])
+    for reader, index in readers:
+        reader.replace_input_with(index, choice.outputs[0])
+    assert declined(model).startswith("choice: its body may read any value")
