@@ -72,7 +72,7 @@ def encoder_steps(out: Path, encoder: str) -> list[list[str]]:
     shape = ["--shape", "input_ids=1x128"]
     return [
         ["compile", encoder, "--target", "tpu-v6e:1x1", *shape, "-o", str(out / "minilm.tpu-v6e")],
-        ["compare", encoder, *shape, "--recipe", "none", "--recipe", "fp16",
+        ["compare", encoder, *shape, "--recipe", "none", "--recipe", "bf16",
          "--html", str(out / "minilm.html")],
     ]  # fmt: skip
 

@@ -177,7 +177,7 @@ def _check_legalized(model: ir.Model, request: BuildRequest) -> tuple[float | No
     except BackendFailed as error:
         return None, error.cause
     found = verify.compare(request.expected, ran.outputs)
-    if not found.within(verify.TOLERANCE["numeric"]):
+    if not found.within(verify.tolerance_for(model)):
         raise BackendFailed(
             found.problem or f"legalizing changed the outputs by {found.max_rel_error:.3g}",
             about="backend tensorrt",

@@ -10,12 +10,15 @@ import contextlib
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from trivium.compiler.errors import BackendFailed
 from trivium.compiler.onnx_api import light_proto, one_line
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,30 @@ class Imported:
 
     module: Any
     weights: tuple[str, ...]
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Give every value a name that is an identifier in C: TVM writes names into CUDA sources.
+
+    Inputs and outputs go by position, so their names may change as well.
+
+    Args:
+        names: Old to new; a body shares those of the graph around it.
+    """
+
+    def renamed(name: str) -> str:
+        return names.setdefault(name, f"v{len(names)}")
+
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = renamed(value.name)
+    for tensor in graph.initializer:
+        tensor.name = renamed(tensor.name)
+    for node in graph.node:
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)
 
 
 def to_relax(model: ir.Model) -> Imported:
@@ -38,6 +65,7 @@ def to_relax(model: ir.Model) -> Imported:
     said = io.StringIO()
     with light_proto(model) as proto:
         weights = tuple(value.name for value in proto.graph.input[own:])
+        _rename(proto.graph, {"": ""})
         try:
             # The importer prints the operator that it fails on and raises without naming it.
             with contextlib.redirect_stdout(said), warnings.catch_warnings():

@@ -260,3 +260,40 @@ def test_listings(tmp_path: Path) -> None:
     extras = {row["extra"]: row for row in document("doctor")["extras"]}
     assert set(extras) >= {"tpu", "gpu", "tvm", "fpga", "tensorrt", "hf", "all", "dev"}
     assert document("cache")["entries"] >= 0
+
+
+def test_compare_writes_every_form(resnet: Path, tmp_path: Path) -> None:
+    html, csv = tmp_path / "report.html", tmp_path / "rows.csv"
+    result = document("compare", resnet, "--shape", "N=1", "--html", html, "--csv", csv)
+    rows = {row["target"]: row for row in result["rows"]}
+    assert {"cpu", "nvidia-t4", "tpu-v5e", "amd-zcu104"} <= set(rows)
+    for row in result["rows"]:
+        known = row["latency_s"] is not None
+        assert row["refusals"] or known or row["notes"]
+        assert not known or row["interval_s"][0] < row["latency_s"] < row["interval_s"][1]
+    assert not rows["amd-zcu104"]["feasible"]
+    assert result["best"]
+    assert html.read_text().startswith("<!doctype html>")
+    assert len(csv.read_text().splitlines()) == len(rows) + 1
+
+
+def test_compare_measures_what_runs_here(resnet: Path) -> None:
+    result = document("compare", resnet, "--shape", "N=1", "--target", "cpu", "--target",
+                      "nvidia-t4", "--measure")  # fmt: skip
+    measured = {row["target"]: row["measured"] for row in result["rows"]}
+    assert measured["cpu"]["latency_s"] > 0
+    assert measured["nvidia-t4"] is None
+
+
+def test_compare_wants_every_dimension(resnet: Path) -> None:
+    assert "--shape" in trivium("compare", resnet, code=2).stderr
+
+
+def test_plan_says_why_each_loser_lost(resnet: Path) -> None:
+    common = ("plan", resnet, "--shape", "N=1", "--target", "cpu", "--target", "nvidia-t4")
+    result = document(*common, "--objective", "energy", "--max-latency", "1s")
+    assert result["best"]["target"] == "nvidia-t4"
+    assert all(row["verdict"] for row in result["candidates"])
+    assert "--max-latency" not in trivium(*common, "--max-latency", "1s").stderr
+    assert "latency" in trivium(*common, "--max-latency", "1ns", code=1).stderr
+    assert "--max-latency" in trivium(*common, "--max-latency", "soon", code=2).stderr
