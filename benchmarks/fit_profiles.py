@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnx import helper as oh
 from scipy.optimize import minimize
 
-from trivium.compiler import build, targets
+from trivium.compiler import prepare, targets
 from trivium.compiler.cost import Profile, fits_on_chip, melts_elementwise, time_kernel
 from trivium.compiler.kernels import Kernel, kernels_of
 from trivium.compiler.types import Target
@@ -279,7 +279,7 @@ def cpu_samples(data: Path) -> list[Sample]:
     target = replace(host, peak_ops=peaks)
     samples = []
     for name, shape in CPU_MODELS.items():
-        model, _ = build.optimize(data / f"models/{name}.onnx", shape=shape)
+        model, _ = prepare.optimize(data / f"models/{name}.onnx", shape=shape)
         seconds = _best_seconds(model)
         kernels = kernels_of(model.graph, cost.PROFILE.fused)
         samples.append(Sample(target, kernels, seconds, name))

@@ -15,11 +15,11 @@ SAMPLES, TOKENS = 32, 128
 
 _OURS = """
 import sys
-from trivium.compiler import build, model, samples
+from trivium.compiler import prepare, model, samples
 source, feeds, out, recipe = sys.argv[1:]
 made = model.load(source)
 calibration = samples.read_npz(feeds, model.signature(made)[0])
-model.save(build.optimize(made, recipe, calibration=calibration)[0], out, external=True)
+model.save(prepare.optimize(made, recipe, calibration=calibration)[0], out, external=True)
 """
 
 _PEER = """

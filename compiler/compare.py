@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trivium.compiler import build, plugins, recipe, shapes
+from trivium.compiler import build, plugins, prepare, recipe, shapes
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
-from trivium.compiler.build import Progress, silent
 from trivium.compiler.cost import does_not_fit
 from trivium.compiler.errors import BadInput, TriviumError
+from trivium.compiler.job import SAMPLES
+from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.timing import time_calls
 from trivium.compiler.types import Candidate, Estimate, Target, Workload
 
@@ -164,7 +165,7 @@ def _optimized(
         feeds = _feeds(bound, workload, calibration, seed)
         problem = ""
         try:
-            build.optimize(
+            prepare.optimize(
                 loaded,
                 chosen,
                 shape=shape,
@@ -190,7 +191,7 @@ def _feeds(
         return samples.read_npz(calibration, models.signature(model)[0])
     if calibration is not None:
         return calibration
-    return samples.seeded(model, workload, count=build.SAMPLES, seed=seed)
+    return samples.seeded(model, workload, count=SAMPLES, seed=seed)
 
 
 def _backends_of(target: Target, wanted: Backends) -> list[str]:
@@ -220,7 +221,7 @@ def _candidate(
         return replace(made, refusals=(f"the backend {backend_name} is not installed",))
     backend: Backend = plugins.get("trivium.backends", backend_name)
     try:
-        prepared = build.legalize(optimized.model.clone(), backend, target, optimized.workload)
+        prepared = prepare.legalize(optimized.model.clone(), backend, target, optimized.workload)
         if prepared.refusals:
             return replace(made, refusals=prepared.refusals)
         estimate = backend.estimate(prepared.model, target, optimized.workload)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trivium.compiler.build import Progress, silent
 from trivium.compiler.compare import Backends, compare, name_of, row
 from trivium.compiler.errors import BadInput, ConstraintUnmet
+from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.types import Candidate, Estimate, Plan, Target
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trivium.compiler.build import Progress
+    from trivium.compiler.prepare import Progress
 
 _QUIET_S = 1.0
 """Work shorter than this shows no progress."""

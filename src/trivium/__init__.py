@@ -15,10 +15,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trivium.compiler.artifact import Artifact
-    from trivium.compiler.build import compile, optimize
+    from trivium.compiler.build import compile
     from trivium.compiler.compare import compare
     from trivium.compiler.errors import TriviumError
     from trivium.compiler.plan import plan
+    from trivium.compiler.prepare import optimize
     from trivium.compiler.verify import verify
 
 _PUBLIC = {
@@ -26,7 +27,7 @@ _PUBLIC = {
     "TriviumError": "trivium.compiler.errors",
     "compare": "trivium.compiler.compare",
     "compile": "trivium.compiler.build",
-    "optimize": "trivium.compiler.build",
+    "optimize": "trivium.compiler.prepare",
     "plan": "trivium.compiler.plan",
     "verify": "trivium.compiler.verify",
 }

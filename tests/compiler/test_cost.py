@@ -17,7 +17,7 @@ from trivium.backends.onnxruntime import cost as onnxruntime_cost
 from trivium.backends.tensorrt import cost as tensorrt_cost
 from trivium.backends.tvm import cost as tvm_cost
 from trivium.backends.xla import cost as xla_cost
-from trivium.compiler import build, targets
+from trivium.compiler import prepare, targets
 from trivium.compiler.cost import Z80, Profile, does_not_fit, roofline, time_kernel
 from trivium.compiler.kernels import Kernel, kernels_of, peak_activation_bytes
 from trivium.compiler.types import Estimate, Target, Workload
@@ -246,7 +246,7 @@ def test_a_better_machine_is_never_slower(batch: int, rate: float, bandwidth: fl
 def test_each_backend_predicts_a_real_model(
     module: object, target: str, shared_data: Callable[[str], Path]
 ) -> None:
-    model, _ = build.optimize(shared_data("models/cifar_resnet20.onnx"), shape=["N=1"])
+    model, _ = prepare.optimize(shared_data("models/cifar_resnet20.onnx"), shape=["N=1"])
     estimate: Estimate = module.estimate(model, targets.find(target), Workload())  # type: ignore[attr-defined]  # a module
     if targets.find(target).peak_ops == {}:
         pytest.skip("no peak rates are derived for this CPU")
@@ -277,7 +277,7 @@ def test_int8_is_faster_where_the_engine_multiplies_integers(
     seconds = {}
     for kind in ("fp32", "int8_qdq"):
         path = shared_data(f"models/mlperf_ic_resnet8_{kind}.onnx")
-        model, _ = build.optimize(path, shape=["N=256"])
+        model, _ = prepare.optimize(path, shape=["N=256"])
         seconds[kind] = tensorrt_cost.estimate(model, targets.find("nvidia-t4"), Workload()).seconds
     assert seconds["fp32"] is not None
     assert seconds["int8_qdq"] is not None

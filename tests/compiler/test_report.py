@@ -15,7 +15,7 @@ from rich.console import Console
 
 from trivium.backends.tensorrt import cost as tensorrt_cost
 from trivium.backends.xla import cost as xla_cost
-from trivium.compiler import build, report, targets
+from trivium.compiler import prepare, report, targets
 from trivium.compiler.compare import Comparison, compare
 from trivium.compiler.plan import Constraints, choose
 from trivium.compiler.report import units
@@ -30,7 +30,7 @@ def result(shared_data: Callable[[str], Path]) -> Comparison:
     """A real model on the host (measured), on GPUs and TPUs (predicted), and refused on FPGAs."""
     path = shared_data("models/mlperf_ic_resnet8_fp32.onnx")
     measured = compare(path, ["cpu"], shape=["N=1"], measure=True)
-    model, _ = build.optimize(path, shape=["N=1"])
+    model, _ = prepare.optimize(path, shape=["N=1"])
     candidates = list(measured.candidates)
     for name in targets.names():
         target = targets.find(name)

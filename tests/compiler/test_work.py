@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import helper as oh
 
 import trivium.compiler.formulas  # noqa: F401  (fills the table)
-from trivium.compiler import build
+from trivium.compiler import prepare
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.types import Work
 from trivium.compiler.work import (
@@ -307,14 +307,14 @@ def test_weights_shared_by_two_nodes_are_held_once() -> None:
 def test_a_scan_runs_its_body_for_each_step(shared_data: Callable[[str], Path]) -> None:
     totals = []
     for steps in (5, 10):
-        model, _ = build.optimize(shared_data("models/scan_1.onnx"), shape=[f"Sequence={steps}"])
+        model, _ = prepare.optimize(shared_data("models/scan_1.onnx"), shape=[f"Sequence={steps}"])
         totals.append(work_of_model(model).total_operations)
     assert totals[1] == 2 * totals[0]
 
 
 def test_resnet_20_has_41_million_multiply_adds(shared_data: Callable[[str], Path]) -> None:
     """40.8 million in convolutions and the classifier (https://arxiv.org/abs/1512.03385, 4.2)."""
-    model, _ = build.optimize(shared_data("models/cifar_resnet20.onnx"), shape=["N=1"])
+    model, _ = prepare.optimize(shared_data("models/cifar_resnet20.onnx"), shape=["N=1"])
     products = sum(
         work_of(node).total_operations for node in model.graph if node.op_type in ("Conv", "Gemm")
     )

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from trivium.compiler import build, model
+from trivium.compiler import model, prepare
 
 Find = Callable[[str], Path]
 
@@ -67,7 +67,7 @@ def test_int8_costs_less_than_a_point(
     made = model.load(source)
     key = model.signature(made)[0][0].name
     calibration = [{key: x[i : i + 1]} for i in range(0, len(x), 4)]
-    build.optimize(made, recipe, calibration=calibration)
+    prepare.optimize(made, recipe, calibration=calibration)
     model.save(made, tmp_path / "int8.onnx")
     # Every sample counts 0.1 or 0.2 points.
     assert accuracy(tmp_path / "int8.onnx", x, y) >= accuracy(source, x, y) - 0.01

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 
 import trivium
 from tests.property import graphs
-from trivium.compiler import build, model, recipe, reference, samples
+from trivium.compiler import model, prepare, recipe, reference, samples
 from trivium.compiler.errors import Unsupported
 from trivium.compiler.passing import declining
 from trivium.compiler.types import Workload
@@ -169,7 +169,7 @@ def test_a_real_network(shared_data: Callable[[str], Path]) -> None:
     made = model.load(shared_data("models/cifar_resnet20.onnx"))
     data = samples.seeded(made, Workload())
     before = reference.run_model(made, data).outputs[0]
-    build.optimize(made, "fp16")
+    prepare.optimize(made, "fp16")
     check(made)
     assert counts(made)["Cast"] <= 2 + 2 * counts(made)["BatchNormalization"]
     after = reference.run_model(made, data).outputs[0]

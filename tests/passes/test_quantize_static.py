@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import trivium
-from trivium.compiler import build, model, recipe, reference
+from trivium.compiler import model, prepare, recipe, reference
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import Declined, constant, declining
 from trivium.passes.quantization.placement import PLACEMENTS
@@ -279,7 +279,7 @@ def test_excluded_nodes_and_other_operators_stay_float() -> None:
 
 def test_a_prequantized_model_is_left_alone(shared_data: Callable[[str], Path]) -> None:
     made = model.load(shared_data("models/mlperf_ic_resnet8_int8_qdq.onnx"))
-    build.optimize(made)
+    prepare.optimize(made)
     before = counts(made)
     name = model.signature(made)[0][0].name
     data: Feeds = [{name: np.zeros((2, 32, 32, 3), np.int8)}]
@@ -292,7 +292,7 @@ def test_the_placement_is_that_of_the_target() -> None:
 
     target = Target("board", "fpga", ("fpga",))
     made = digits_mlp()
-    build.optimize(made, "int8", calibration=feeds(8, 64), target=target)
+    prepare.optimize(made, "int8", calibration=feeds(8, 64), target=target)
     assert made.graph.outputs[0].producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]  # it has one
 
 

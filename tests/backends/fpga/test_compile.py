@@ -14,7 +14,7 @@ from tests.backends.fpga import qdq
 from tests.backends.fpga.test_layers import onnx_runtime_s_own
 from trivium.backends.fpga import host_ops, interpret, ir, lower
 from trivium.backends.fpga.hls import project
-from trivium.compiler import build
+from trivium.compiler import prepare
 from trivium.models import digits
 
 
@@ -33,7 +33,7 @@ def test_digits_from_float_to_kernel(
     logits = artifact.load().run({"image": x})["logits"]
     assert (logits.argmax(1) == y).mean() >= at_least
 
-    model, _ = build.optimize(network(), "int8", calibration=calibration, target=qdq.ZCU104)
+    model, _ = prepare.optimize(network(), "int8", calibration=calibration, target=qdq.ZCU104)
     flow = lower.lower(model.graph).flow
     assert flow is not None
     ports = project.ports(flow)
@@ -68,7 +68,7 @@ def test_mlperf_tiny_bit_for_bit(
         x = np.random.default_rng(0).integers(-128, 128, (4, 49, 10, 1)).astype(np.int8)
     (actual,) = executable.run({info.name: x}).values()
 
-    model, _ = build.optimize(source)
+    model, _ = prepare.optimize(source)
     flow = lower.lower(model.graph).flow
     assert flow is not None
     ports = project.ports(flow)

@@ -121,9 +121,9 @@ def test_high_level_operators_stay_whole(transformer: Path, tmp_path: Path) -> N
 
 
 def trivium_optimized(path: Path) -> tuple[ir.Model, Sequence[Any]]:
-    from trivium.compiler import build
+    from trivium.compiler import prepare
 
-    model, _ = build.optimize(path)
+    model, _ = prepare.optimize(path)
     return model, recipe.apply(legalize.passes(), model)
 
 

@@ -1,0 +1,136 @@
+"""The part of a compile that needs no vendor's toolchain: normal form, recipe, legalization.
+
+`compare` and ``plan`` go this far and ask the cost model; `trivium.compiler.build` goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trivium.compiler import model as models
+from trivium.compiler import plugins, recipe, shapes
+from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.recipe import Applied, Context, Recipe
+from trivium.compiler.types import Target, TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.compiler.backend import Backend, Tensors
+
+Progress = Callable[[str], None]
+"""Called with the name of each stage as it begins."""
+
+
+def silent(stage: str) -> None:
+    """A progress callback that says nothing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on its way to a backend.
+
+    Attributes:
+        model: Legalized.
+        applied: What each pass did and declined.
+        refusals: One line for each node that the backend cannot run.
+    """
+
+    model: ir.Model
+    backend: Backend
+    workload: Workload
+    applied: tuple[Applied, ...]
+    refusals: tuple[str, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+def choose_backend(target: Target, name: str | None) -> Backend:
+    """Return the target's default backend, or the named one if it serves the target."""
+    if name is not None and name not in target.backends:
+        known = plugins.names("trivium.backends")
+        problem = f"does not serve {target.name}" if name in known else "is not installed"
+        raise BadInput(
+            f"the backend {name!r} {problem}",
+            about="--backend",
+            remedy=f"{target.name} is served by {', '.join(target.backends)}",
+        )
+    backend: Backend = plugins.get("trivium.backends", name or target.backend)
+    return backend
+
+
+def optimize(
+    source: str | os.PathLike[str] | ir.Model,
+    recipe_name: str | Recipe = "none",
+    *,
+    shape: Sequence[str] = (),
+    calibration: Iterable[Tensors] | None = None,
+    target: Target | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+) -> tuple[ir.Model, list[Applied]]:
+    """Bring a model to normal form and run a recipe on it: ONNX in, ONNX out.
+
+    Args:
+        source: A path, or a loaded model (which is changed in place).
+        recipe_name: A recipe, its name, or a TOML file.
+        shape: ``NAME=1x128`` and ``DIM=128`` as on the command line.
+        calibration: Feeds for passes that calibrate; may be iterated more than once.
+        target, backend: Tell passes that ask what they optimize for; the backend is by default
+            that of the target.
+
+    Returns:
+        The model, and what each pass did.
+    """
+    model = models.load(source) if isinstance(source, (str, os.PathLike)) else source
+    workload = shapes.parse(shape, models.signature(model)[0])
+    backend = target.backend if backend is None and target is not None else backend
+    context = Context(target, calibration, workload, seed, backend)
+    return model, run_recipe(model, _read(recipe_name), context)
+
+
+def _read(given: str | Recipe) -> Recipe:
+    return recipe.read(given) if isinstance(given, str) else given
+
+
+def run_recipe(model: ir.Model, chosen: Recipe, context: Context) -> list[Applied]:
+    """Bind the context's shapes, normalize, and run a recipe, in place."""
+    shapes.bind(model, context.workload)
+    applied = recipe.run(recipe.read(recipe.NORMALIZE), model, context)
+    return applied + recipe.run(chosen, model, context)
+
+
+def legalize(model: ir.Model, backend: Backend, target: Target, workload: Workload) -> Prepared:
+    """Bring an optimized model to what a backend takes, in place, and collect its refusals."""
+    applied = recipe.apply(backend.legalize(target), model)
+    refusals = []
+    for node in model.graph.all_nodes():
+        reason = backend.refuses(node, target)
+        if reason is not None:
+            refusals.append(f"{node.name or node.op_type} ({node.op_type}): {reason}")
+    inputs, outputs = models.signature(model)
+    return Prepared(
+        model, backend, workload, tuple(applied), tuple(dict.fromkeys(refusals)), inputs, outputs
+    )
+
+
+def refused(prepared: Prepared, target: Target) -> Unsupported:
+    """The error that lists every node a backend cannot run."""
+    shown = "; ".join(prepared.refusals[:8])
+    more = f"; and {len(prepared.refusals) - 8} more" if len(prepared.refusals) > 8 else ""
+    return Unsupported(
+        f"{prepared.backend.name} cannot run {len(prepared.refusals)} nodes: {shown}{more}",
+        about=target.name,
+        remedy=_elsewhere(prepared, target),
+        refusals=prepared.refusals,
+    )
+
+
+def _elsewhere(prepared: Prepared, target: Target) -> str:
+    others = [name for name in target.backends if name != prepared.backend.name]
+    if others:
+        return f"try --backend {others[0]}"
+    return "" if target.family == "cpu" else "try --target cpu"
