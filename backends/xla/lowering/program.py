@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trivium.backends.xla.lowering.constants import weights_of
 from trivium.backends.xla.lowering.dtypes import numpy_dtype, precise
 from trivium.backends.xla.lowering.lazy import jnp
+from trivium.backends.xla.lowering.quantized import Mode
 from trivium.backends.xla.lowering.trace import Env, Frame, run_graph
 from trivium.compiler.errors import BadInput
 from trivium.compiler.model import signature
@@ -41,8 +42,12 @@ class Lowered:
         return {name: tensor.numpy() for name, tensor in self.weights.items()}
 
 
-def lower(model: ir.Model) -> Lowered:
+def lower(model: ir.Model, *, quantized: Mode = "integer") -> Lowered:
     """Lower a model; nothing is read or traced yet.
+
+    Args:
+        quantized: What products do whose operands are dequantized: compute on the integers, on
+            floats, or on floats with gradients straight through each quantization.
 
     Shapes need not be bound: they are taken from the arguments when the function is traced. Known
     inputs (numpy arrays instead of jax ones, outside jit) are folded like constants.
@@ -61,7 +66,7 @@ def lower(model: ir.Model) -> Lowered:
             env: Env = {value: weights[name] for name, value in named.items()}
             for value in arguments:
                 env[value] = _argument(value, given)
-            frame = Frame(env, model.graph.opset_imports, functions)
+            frame = Frame(env, model.graph.opset_imports, functions, mode=quantized)
             results = run_graph(model.graph, frame)
             names = [value.name or "" for value in model.graph.outputs]
             return {name: _result(r) for name, r in zip(names, results, strict=True)}

@@ -20,9 +20,9 @@ Value = Any
 Handler = Callable[..., Any]
 
 GROUPS = (
-    "attention", "control_flow", "convolution", "elementwise", "image", "indexing", "linear",
-    "microsoft", "normalization", "pooling", "quantization", "random", "recurrent", "reduction",
-    "resize", "selection", "sequence", "shape", "signal", "training",
+    "attention", "casting", "control_flow", "convolution", "elementwise", "image", "indexing",
+    "linear", "microsoft", "normalization", "pooling", "quantization", "random", "recurrent",
+    "reduction", "resize", "selection", "sequence", "shape", "signal", "training",
 )  # fmt: skip
 """The modules of `trivium.backends.xla.lowering.ops`, one for each group of operators."""
 

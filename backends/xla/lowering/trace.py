@@ -8,7 +8,7 @@ through `Op.subgraph`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from trivium.backends.xla.lowering import registry
 from trivium.backends.xla.lowering.dtypes import numpy_dtype
 from trivium.backends.xla.lowering.fold import fold, is_known
 from trivium.backends.xla.lowering.functions import FunctionKey, body_of
+from trivium.backends.xla.lowering.quantized import Mode, integer_product, straight_through
 from trivium.compiler.errors import TriviumError, Unsupported
 
 Env = dict[ir.Value, Any]
@@ -33,6 +34,7 @@ class Frame:
         attributes: Attributes of the enclosing function call, for those that refer to them.
         functions: The functions of the model.
         promised: Shapes that the caller declared for outputs of a function body.
+        mode: How quantized products are lowered.
     """
 
     env: Env
@@ -40,6 +42,7 @@ class Frame:
     functions: Mapping[FunctionKey, ir.Function]
     attributes: Mapping[str, ir.Attr] = field(default_factory=dict)
     promised: Mapping[ir.Value, tuple[int, ...]] = field(default_factory=dict)
+    mode: Mode = "integer"
 
     def opset(self, domain: str) -> int:
         """The version of a domain that is in force; its first if the model forgot to say."""
@@ -140,7 +143,7 @@ class Op:
         def call(*inputs: Any) -> tuple[Any, ...]:
             env = dict(self.frame.env)
             env.update(zip(graph.inputs, inputs, strict=True))
-            frame = Frame(env, self.frame.opsets, self.frame.functions, self.frame.attributes)
+            frame = replace(self.frame, env=env, promised={})
             return run_graph(graph, frame)
 
         return call
@@ -205,13 +208,22 @@ def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:
         if key not in frame.functions:
             entry = registry.find(node.domain, node.op_type, opset)
             if entry is not None:
-                return as_tuple(entry.lower(op, *inputs))
+                return _lower(op, entry, inputs)
         return _run_function(op, inputs)
     except (TriviumError, NotImplementedError):
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         error.add_note(f"while lowering {op.label} ({node.op_type})")
         raise
+
+
+def _lower(op: Op, entry: registry.Entry, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    if op.frame.mode == "integer":
+        product = integer_product(op)
+        if product is not None:
+            return (product,)
+    results = as_tuple(entry.lower(op, *inputs))
+    return straight_through(op, results) if op.frame.mode == "straight-through" else results
 
 
 def as_tuple(results: Any) -> tuple[Any, ...]:
@@ -248,7 +260,7 @@ def _run_function(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
         shape = None if outer_value is None else promised_shape(outer_value, frame)
         if shape is not None:
             promised[inner] = shape
-    inside = Frame(env, body.opsets, frame.functions, attributes, promised)
+    inside = Frame(env, body.opsets, frame.functions, attributes, promised, frame.mode)
     names = [value.name for value in body.function.outputs]
     made = dict(zip(names, run_graph(body.function, inside), strict=True))
     return tuple(made.get(name) for name in body.outputs)

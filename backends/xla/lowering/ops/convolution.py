@@ -41,17 +41,22 @@ def convolve(op: Op, x: Any, w: Any, **options: Any) -> Any:
     strides = op.attr("strides") or [1] * rank
     dilations = op.attr("dilations") or [1] * rank
     padding = window_padding(op, x.shape[2:], w.shape[2:], strides, dilations)
-    spatial = "DHWXYZ"[:rank]
     return lax.conv_general_dilated(
         jnp.asarray(x),
         jnp.asarray(w),
         strides,
         padding,
         rhs_dilation=dilations,
-        dimension_numbers=(f"NC{spatial}", f"OI{spatial}", f"NC{spatial}"),
+        dimension_numbers=spatial_letters(rank),
         feature_group_count=op.attr("group", 1),
         **options,
     )
+
+
+def spatial_letters(rank: int) -> tuple[str, str, str]:
+    """ONNX's layouts of data, filters and results, in XLA's notation."""
+    spatial = "DHWXYZ"[:rank]
+    return f"NC{spatial}", f"OI{spatial}", f"NC{spatial}"
 
 
 def per_channel(values: Any, rank: int) -> Any:
@@ -79,7 +84,6 @@ def conv_transpose(op: Op, x: Any, w: Any, bias: Any = None) -> Any:
     w = jnp.flip(w, tuple(range(2, w.ndim)))
     w = jnp.reshape(w, (groups, inputs // groups, outputs, *kernel))
     w = jnp.swapaxes(w, 1, 2).reshape(groups * outputs, inputs // groups, *kernel)
-    spatial = "DHWXYZ"[:rank]
     y = lax.conv_general_dilated(
         jnp.asarray(x),
         w,
@@ -90,7 +94,7 @@ def conv_transpose(op: Op, x: Any, w: Any, bias: Any = None) -> Any:
         ],
         lhs_dilation=strides,
         rhs_dilation=dilations,
-        dimension_numbers=(f"NC{spatial}", f"OI{spatial}", f"NC{spatial}"),
+        dimension_numbers=spatial_letters(rank),
         feature_group_count=groups,
     )
     return y if bias is None else y + per_channel(bias, y.ndim)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.backends.xla.lowering.dtypes import is_float, is_integer, numpy_dtype
+from trivium.backends.xla.lowering.dtypes import is_float, is_integer
 from trivium.backends.xla.lowering.lazy import jax, jnp, lax
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
@@ -126,11 +126,6 @@ def bit_shift(op: Op, a: Any, b: Any) -> Any:
     return jnp.right_shift(a, b)
 
 
-@handles("BitCast", since=26)
-def bit_cast(op: Op, x: Any) -> Any:
-    return lax.bitcast_convert_type(x, numpy_dtype(op.attr("to")))
-
-
 @handles("Max")
 def maximum(op: Op, *values: Any) -> Any:
     return reduce(jnp.maximum, values)
@@ -229,21 +224,3 @@ def gelu(op: Op, x: Any) -> Any:
 @handles("Swish", since=24)
 def swish(op: Op, x: Any) -> Any:
     return x * jax.nn.sigmoid(_as(op.attr("alpha", 1.0), x) * x)
-
-
-@handles("Cast")
-def cast(op: Op, x: Any) -> Any:
-    return convert(x, numpy_dtype(op.attr("to")), bool(op.attr("saturate", 1)))
-
-
-@handles("CastLike", since=15)
-def cast_like(op: Op, x: Any, like: Any) -> Any:
-    return convert(x, like.dtype, bool(op.attr("saturate", 1)))
-
-
-def convert(x: Any, dtype: Any, saturate: bool = True) -> Any:
-    """Cast as ONNX does."""
-    dtype = np.dtype(dtype)
-    if dtype.kind == "b":
-        return x != jnp.zeros((), x.dtype)
-    return jnp.asarray(x).astype(dtype)

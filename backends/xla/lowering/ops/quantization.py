@@ -8,8 +8,8 @@ import numpy as np
 
 from trivium.backends.xla.lowering.dtypes import is_float, is_integer, numpy_dtype
 from trivium.backends.xla.lowering.lazy import jnp, lax
+from trivium.backends.xla.lowering.ops.casting import convert
 from trivium.backends.xla.lowering.ops.convolution import convolve, per_channel
-from trivium.backends.xla.lowering.ops.elementwise import convert
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
 
