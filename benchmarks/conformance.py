@@ -139,7 +139,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "# ONNX conformance of the XLA backend",
         "",
         f"The backend suite of onnx {onnx.__version__} through "
-        f"`trivium.backends.xla.onnx_backend`, jax {jax.__version__} on the CPU, at the suite's own tolerances. Made by "
+        f"`trivium.backends.xla.onnx_backend`, jax {jax.__version__} on the CPU, at the suite's "
+        "own tolerances. Made by "
         "`python benchmarks/conformance.py --write`.",
         "",
         "*Run time*: every input is an argument of the compiled program. *Baked*: a shape depends "

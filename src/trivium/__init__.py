@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from trivium.backends.xla.gradients import differentiable
     from trivium.compiler.artifact import Artifact
     from trivium.compiler.build import compile
     from trivium.compiler.compare import compare
@@ -27,6 +28,7 @@ _PUBLIC = {
     "TriviumError": "trivium.compiler.errors",
     "compare": "trivium.compiler.compare",
     "compile": "trivium.compiler.build",
+    "differentiable": "trivium.backends.xla.gradients",
     "optimize": "trivium.compiler.prepare",
     "plan": "trivium.compiler.plan",
     "verify": "trivium.compiler.verify",
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "compare",
     "compile",
+    "differentiable",
     "load",
     "optimize",
     "plan",

@@ -30,12 +30,14 @@ class Lowered:
             of a mapping: take outputs by name.)
         weights: The constants that it takes as arguments, by name, unread.
         inputs, outputs: The model's signature, initializers left out.
+        places: Where in the model each weight is.
     """
 
     function: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     weights: Mapping[str, ir.TensorProtocol]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    places: Mapping[str, ir.Value]
 
     def read(self) -> dict[str, np.ndarray[Any, Any]]:
         """Read all weights into memory."""
@@ -72,7 +74,7 @@ def lower(model: ir.Model, *, quantized: Mode = "integer") -> Lowered:
             return {name: _result(r) for name, r in zip(names, results, strict=True)}
 
     weights = {name: tensors[value] for name, value in named.items()}
-    return Lowered(function, weights, inputs, outputs)
+    return Lowered(function, weights, inputs, outputs, named)
 
 
 def _named(tensors: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:

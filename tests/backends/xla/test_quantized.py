@@ -31,6 +31,12 @@ def compiled(model: ir.Model, feed: dict[str, Any]) -> tuple[str, dict[str, Any]
         return text, {name: np.asarray(v) for name, v in jitted(weights, feed).items()}
 
 
+def reference(proto: onnx.ModelProto, feed: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The first output according to onnx's own evaluator."""
+    results: Any = ReferenceEvaluator(proto).run(None, feed)
+    return np.asarray(results[0])
+
+
 def products(text: str) -> list[tuple[str, str]]:
     """Operand and result types of every product in a StableHLO text."""
     return [(match[2], match[3]) for match in _RESULT.finditer(text)]
@@ -73,7 +79,7 @@ def test_matmul_between_quantizations_multiplies_integers(kind: str, weight_zero
     ((operands, result),) = products(text)
     assert operands == "tensor<4x32xi8>, tensor<32x16xi8>"
     assert result == "tensor<4x16xi32>"
-    expected = np.asarray(ReferenceEvaluator(proto).run(None, feed)[0])
+    expected = reference(proto, feed)
     # A sum in another order may fall on the other side of a rounding: one step at most.
     np.testing.assert_allclose(actual["y"], expected, atol=0.3001)
     assert np.mean(actual["y"] != expected) < 0.05
@@ -100,7 +106,7 @@ def test_weight_only_matmul_keeps_the_weights_packed(kind: str, block: int) -> N
     )
     feed = {"x": rng.standard_normal((4, 32)).astype(np.float32)}
     text, actual = compiled(ir.from_proto(proto), feed)
-    expected = np.asarray(ReferenceEvaluator(proto).run(None, feed)[0])
+    expected = reference(proto, feed)
     np.testing.assert_allclose(actual["y"], expected, rtol=1e-4, atol=1e-5)
     # The weights go into the product as they are, converted and nothing else: the scales come
     # after it, so no dequantized matrix of 32 by 16 (or of its blocks) is multiplied out.

@@ -5,6 +5,7 @@ while tracing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,14 @@ def if_(op: Op, condition: Any) -> Any:
     if op.known(condition):
         return op.subgraph("then_branch" if bool(np.asarray(condition).all()) else "else_branch")()
     branches = [op.subgraph(name) for name in ("then_branch", "else_branch")]
-    calls = [lambda branch=branch: tuple(jnp.asarray(v) for v in branch()) for branch in branches]
-    return lax.cond(jnp.reshape(condition, ()), *calls)
+
+    def arrays(branch: Any) -> tuple[Any, ...]:
+        results = branch()
+        if any(value is None or isinstance(value, list) for value in results):
+            raise op.needs(0)
+        return tuple(jnp.asarray(value) for value in results)
+
+    return lax.cond(jnp.reshape(condition, ()), *(partial(arrays, branch) for branch in branches))
 
 
 @handles("Loop")

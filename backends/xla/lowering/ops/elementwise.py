@@ -92,7 +92,6 @@ _binary("LessOrEqual", lambda a, b: jnp.less_equal(a, b))
 _binary("BitwiseAnd", lambda a, b: jnp.bitwise_and(a, b))
 _binary("BitwiseOr", lambda a, b: jnp.bitwise_or(a, b))
 _binary("BitwiseXor", lambda a, b: jnp.bitwise_xor(a, b))
-_binary("PRelu", lambda x, slope: jnp.where(x < _as(0, x), slope * x, x))
 
 
 def _power(a: Any, b: Any) -> Any:
@@ -112,6 +111,19 @@ def _power(a: Any, b: Any) -> Any:
 
 
 _binary("Pow", _power)
+
+
+@handles("PRelu", since=7)
+def prelu(op: Op, x: Any, slope: Any) -> Any:
+    return jnp.where(x < _as(0, x), slope * x, x)
+
+
+@handles("PRelu")
+def prelu_by_channel(op: Op, x: Any, slope: Any) -> Any:
+    """Until opset 6 a slope was one for all, or one for each channel."""
+    if slope.ndim == 1 and slope.size > 1:
+        slope = jnp.reshape(slope, (-1, *(1,) * (x.ndim - 2)))
+    return prelu(op, x, slope)
 
 
 @handles("Mod", since=10)

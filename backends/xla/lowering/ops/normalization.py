@@ -49,14 +49,15 @@ def standardized(x: Any, axes: tuple[int, ...], epsilon: float) -> tuple[Any, An
     return centred * inverse, mean, inverse
 
 
-def _stash(op: Op) -> Any:
-    return numpy_dtype(op.attr("stash_type", 1))
+def _stash(op: Op, x: Any) -> Any:
+    """The dtype to compute statistics in: what the model asks for, or a wider input's own."""
+    return jnp.promote_types(x.dtype, numpy_dtype(op.attr("stash_type", 1)))
 
 
 @handles("LayerNormalization", since=17)
 def layer_normalization(op: Op, x: Any, scale: Any, bias: Any = None) -> Any:
     axes = tuple(range(op.attr("axis", -1) % x.ndim, x.ndim))
-    wide = jnp.asarray(x, _stash(op))
+    wide = jnp.asarray(x, _stash(op, x))
     y, mean, inverse = standardized(wide, axes, op.attr("epsilon", 1e-5))
     y = y.astype(x.dtype) * scale
     return (y if bias is None else y + bias), mean, inverse
@@ -65,7 +66,7 @@ def layer_normalization(op: Op, x: Any, scale: Any, bias: Any = None) -> Any:
 @handles("RMSNormalization", since=23)
 def rms_normalization(op: Op, x: Any, scale: Any) -> Any:
     axes = tuple(range(op.attr("axis", -1) % x.ndim, x.ndim))
-    return rms_normalized(x, axes, op.attr("epsilon", 1e-5), _stash(op)) * scale
+    return rms_normalized(x, axes, op.attr("epsilon", 1e-5), _stash(op, x)) * scale
 
 
 def rms_normalized(x: Any, axes: tuple[int, ...], epsilon: float, dtype: Any) -> Any:
@@ -90,7 +91,7 @@ def group_normalization(op: Op, x: Any, scale: Any, bias: Any) -> Any:
 
 def _group_normalize(op: Op, x: Any, scale: Any, bias: Any) -> Any:
     groups = op.attr("num_groups")
-    wide = jnp.asarray(x, _stash(op)).reshape(x.shape[0], groups, -1)
+    wide = jnp.asarray(x, _stash(op, x)).reshape(x.shape[0], groups, -1)
     y = standardized(wide, (2,), op.attr("epsilon", 1e-5))[0]
     y = y.reshape(x.shape).astype(x.dtype)
     return y * per_channel(scale, x.ndim) + per_channel(bias, x.ndim)

@@ -249,7 +249,9 @@ def depth_to_space(op: Op, x: Any) -> Any:
 def space_to_depth(op: Op, x: Any) -> Any:
     n, c, h, w = x.shape
     b = op.attr("blocksize")
-    y = jnp.reshape(x, (n, c, h // b, b, w // b, b)).transpose(0, 3, 5, 1, 2, 4)
+    y = jnp.reshape(x, (n, c, h // b, b, w // b, b))
+    depth_first = op.attr("mode", "DCR") == "DCR"
+    y = y.transpose(0, 3, 5, 1, 2, 4) if depth_first else y.transpose(0, 1, 3, 5, 2, 4)
     return y.reshape(n, c * b * b, h // b, w // b)
 
 
