@@ -55,10 +55,10 @@ class XlaRep(BackendRep):
         with precise():
             try:
                 results = self._run_jitted(weights, feed)
-            except NeedsValue:
+            except NeedsValue as error:
                 if not self._bake:
                     raise
-                results = self._run_baked(weights, feed)
+                results = self._run_baked(weights, feed, error)
         return tuple(_numpy(results[name]) for name in self._outputs)
 
     def _feed(self, inputs: Any) -> dict[str, Any]:
@@ -78,19 +78,25 @@ class XlaRep(BackendRep):
         results: dict[str, Any] = self._jitted(weights, feed)
         return results
 
-    def _run_baked(self, weights: dict[str, Any], feed: dict[str, Any]) -> dict[str, Any]:
-        """Make a program for the values of the inputs that can say a shape: integers, and the
-        few floats that Resize scales by; the others stay arguments unless asked for by name.
+    def _run_baked(
+        self, weights: dict[str, Any], feed: dict[str, Any], error: NeedsValue
+    ) -> dict[str, Any]:
+        """Make a program for the values of the inputs that are asked for. Where it is computed
+        ones that are, for those of all inputs that can say a shape.
         """
-        fixed = {name for name, value in feed.items() if _may_shape(value)}
+        fixed = {name for name, value in feed.items() if _is_text(value)}
         while True:
+            name = error.value.name if error.value is not None else None
+            wanted = {name} if name in feed else {n for n, v in feed.items() if _may_shape(v)}
+            if wanted <= fixed and not (wanted and error.value is None):
+                raise error
+            fixed |= {n for n in wanted if n is not None}
             try:
                 return self._run_fixed(weights, feed, fixed)
-            except NeedsValue as error:
-                name = error.value.name if error.value is not None else None
-                if name is None or name not in feed or name in fixed:
+            except NeedsValue as next_error:
+                if next_error.value is None:
                     raise
-                fixed.add(name)
+                error = next_error
 
     def _run_fixed(
         self, weights: dict[str, Any], feed: dict[str, Any], names: set[str]

@@ -11,6 +11,7 @@ For training, a QuantizeLinear and DequantizeLinear pair passes gradients straig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,15 +191,27 @@ def _conv(op: Op, x: Quantized | None, w: Quantized) -> Any | None:
     fill = jnp.zeros((), "int8") if zero is None else jnp.reshape(zero, ()).astype("int8")
     data = lax.pad(data, fill, [(0, 0, 0), (0, 0, 0), *((a, b, 0) for a, b in padding)])
     letters = spatial_letters(rank)
-    total = lax.conv_general_dilated(
+
+    def convolve(data: Any, filters: Any, accumulator: Any) -> Any:
+        return lax.conv_general_dilated(
+            data,
+            filters,
+            strides,
+            [(0, 0)] * rank,
+            rhs_dilation=dilations,
+            dimension_numbers=letters,
+            feature_group_count=op.attr("group", 1),
+            preferred_element_type=accumulator,
+        ).astype("int32")
+
+    # XLA's CPU has no fast convolution of integers. Floats that hold each partial sum exactly
+    # give the same int32.
+    exact = np.float32 if math.prod(filters.shape[1:]) * 128 * 128 <= 1 << 24 else np.float64
+    total = lax.platform_dependent(
         data,
         filters,
-        strides,
-        [(0, 0)] * rank,
-        rhs_dilation=dilations,
-        dimension_numbers=letters,
-        feature_group_count=op.attr("group", 1),
-        preferred_element_type=np.int32,
+        cpu=lambda data, filters: convolve(data.astype(exact), filters.astype(exact), exact),
+        default=lambda data, filters: convolve(data, filters, np.int32),
     )
     if zero is not None:
         sums = jnp.sum(filters, axis=tuple(range(1, filters.ndim)), dtype="int32")

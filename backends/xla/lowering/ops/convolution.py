@@ -118,7 +118,9 @@ def _transposed_padding(
     for axis in range(rank):
         full = strides[axis] * (sizes[axis] - 1) + extra[axis]
         full += (kernel[axis] - 1) * dilations[axis] + 1
-        total = max(full - wanted[axis], 0)
-        small, large = total // 2, total - total // 2
-        padding.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        total = full - wanted[axis]
+        small, large = max(total, 0) // 2, -(-max(total, 0) // 2)
+        begin, end = (small, large) if auto == "SAME_UPPER" else (large, small)
+        # A wanted size beyond the full one is filled up at the end.
+        padding.append((begin, end + min(total, 0)))
     return padding
