@@ -96,7 +96,14 @@ class XlaBackend:
         from trivium.backends.xla.executable import XlaExecutable
 
         platforms.require("cpu", str(artifact.path))
-        return XlaExecutable(artifact)
+        try:
+            return XlaExecutable(artifact)
+        except KeyError as error:
+            raise BadInput(
+                f"its manifest lacks {error}",
+                about=str(artifact.path),
+                remedy="compile the model again",
+            ) from error
 
 
 def _case_name(case: Workload) -> str:

@@ -180,6 +180,8 @@ def environment(device: Device) -> dict[str, str]:
             "TPU_MIN_LOG_LEVEL": "3",
             "TPU_LOG_DIR": "disabled",
         }
+    if device.platform == "cpu":
+        variables["JAX_NUM_CPU_DEVICES"] = str(device.chips)
     if device.platform == "cuda":
         variables["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     return variables

@@ -66,8 +66,10 @@ def _end_with_parent() -> None:
 
 
 def _error_json(error: TriviumError) -> Json:
+    # The lowering has subclasses of its own, which the caller need not know.
+    kind = next(one for one in type(error).__mro__ if one.__module__ == TriviumError.__module__)
     return {
-        "type": type(error).__name__,
+        "type": kind.__name__,
         "cause": error.cause,
         "about": error.about,
         "remedy": error.remedy,
@@ -114,7 +116,7 @@ def compile_devices(device: Device) -> list[Any]:
     from jax.experimental import topologies
 
     if device.platform == "cpu":
-        return jax.devices("cpu")[:1]
+        return jax.devices("cpu")[: device.chips]
     if device.platform == "tpu":
         options = {"chip_config_name": device.chip_config} if device.chip_config else {}
         topology = topologies.get_topology_desc(

@@ -278,6 +278,45 @@ def test_a_killed_compiler_is_an_error_and_no_hang(tmp_path: Path) -> None:
             building.result(timeout=60)
 
 
+def _running(pid: int) -> bool:
+    """Whether a process exists and is no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_the_compiler_ends_with_its_caller(tmp_path: Path) -> None:
+    source = saved(small_model(), tmp_path)
+    code = (
+        "import sys, trivium; from trivium.compiler.types import Target; "
+        "trivium.compile(sys.argv[1], Target('cpu', 'cpu', ('xla',)), out=sys.argv[2])"
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(source), str(tmp_path / "out")],
+        stderr=subprocess.DEVNULL,
+    )
+    while not (children := _children(caller.pid)):
+        assert caller.poll() is None
+        time.sleep(0.01)
+    # It asks to be ended with its caller first of all; to do that it loads ctypes.
+    for _ in range(300):
+        if b"_ctypes" in Path(f"/proc/{children[0]}/maps").read_bytes():
+            break
+        time.sleep(0.01)
+    time.sleep(0.2)
+    caller.kill()
+    caller.wait()
+    for _ in range(500):
+        if not _running(children[0]):
+            break
+        time.sleep(0.01)
+    assert not _running(children[0])
+    assert not (tmp_path / "out").exists()
+
+
 @needs_cpu
 def test_the_deadline_ends_the_compiler(tmp_path: Path) -> None:
     before = set(_children(os.getpid()))
@@ -305,6 +344,60 @@ def test_bad_options(options: dict[str, str], message: str, tmp_path: Path) -> N
 def test_open_dimensions_are_named(shared_data: SharedData, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"input\[N\] is symbolic.*--shape input=1x3x32x32"):
         compiled(shared_data("models/cifar_resnet20.onnx"), CPU, tmp_path)
+
+
+RUN_ON_FOUR = """
+import json, sys
+import numpy as np
+import trivium
+
+executable = trivium.load(sys.argv[1])
+x = np.random.default_rng(5).standard_normal((8, 16)).astype(np.float32)
+(y,) = executable.run({"x": x}).values()
+print(json.dumps([executable.where, executable.measures_target, y.tolist()]))
+"""
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_partitioned_program_runs_on_several_devices(tmp_path: Path) -> None:
+    """The road that a real slice takes, on four devices that XLA makes of this CPU."""
+    source = saved(small_model(), tmp_path)
+    artifact = compiled(source, replace(CPU, name="cpu:4", chips=4), tmp_path)
+    assert artifact.manifest["details"]["xla"]["devices"] == 4
+    assert artifact.manifest["details"]["xla"]["programs"]["main"]["partition"]["kind"] == "batch"
+    x = np.random.default_rng(5).standard_normal((8, 16)).astype(np.float32)
+    (want,) = ort.InferenceSession(source).run(None, {"x": x})
+    for count, measures in ((4, True), (1, False)):
+        output = subprocess.run(
+            [sys.executable, "-P", "-c", RUN_ON_FOUR, str(artifact.path)],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(count)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        where, measures_target, have = json.loads(output)
+        assert measures_target is measures
+        assert ("in place of cpu:4" in where) is not measures
+        np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_shape_that_only_the_run_knows_is_unsupported(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        "reshape",
+        [
+            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [6]),
+            helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, [2]),
+        ],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["a", "b"])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+    with pytest.raises(Unsupported, match="the value of 'shape', which is not known before"):
+        BACKEND.build(model, BuildRequest(CPU, Workload(), tmp_path))
 
 
 @needs_cpu
@@ -347,6 +440,9 @@ def test_weights_are_stored_once_and_damage_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"'x' has shape \[1, 4096\], the model takes"):
         executable.run({"x": np.zeros((1, 4096), np.float32)})
 
+    without = Artifact(artifact.path, {**artifact.manifest, "details": {}})
+    with pytest.raises(BadInput, match="its manifest lacks 'xla'; compile the model again"):
+        BACKEND.load(without)
     (artifact.path / "main.stablehlo").write_bytes(b"not an export")
     with pytest.raises(BadInput, match="not a jax export"):
         BACKEND.load(artifact)
