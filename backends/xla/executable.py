@@ -40,7 +40,7 @@ class XlaExecutable:
         name = "this CPU" if here == "cpu" else f"{len(self._devices)} x {kind}"
         stands_in = "" if self.measures_target else f" in place of {artifact.manifest['target']}"
         self.where = f"XLA (jax {artifact.backend.toolchain()['jax']}) on {name}{stands_in}"
-        stored = weights.read(artifact.path / artifact.manifest["weights"])
+        stored = weights.arrays(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
         self._programs = [
             (program.inputs, self._load(artifact.path, program, on_target))
@@ -82,8 +82,8 @@ class XlaExecutable:
         from trivium.backends.xla.lowering import precise
 
         with precise():
-            for name, tensor in stored.items():
-                self._weights[name] = jax.device_put(tensor.numpy(), self._whole)
+            for name, array in stored.items():
+                self._weights[name] = jax.device_put(array, self._whole)
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np

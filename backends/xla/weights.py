@@ -18,10 +18,14 @@ from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.model import copy_tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 _PACKED = "trivium.packed"
 """Key of the metadata: JSON of name -> [ONNX dtype, shape] for tensors stored as bytes."""
+
+_LINE = 64
+"""Bytes that XLA aligns its buffers to: it uses a mapped array that is aligned so as it lies."""
 
 _HEADER_LIMIT = 100 << 20
 """The format's own limit on the header, so that a damaged length is not believed."""
@@ -61,8 +65,12 @@ def write(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> int:
     for name, tensor in tensors.items():
         if tensor.dtype.name == "STRING":
             raise Unsupported("a weight made of strings cannot be stored", about=name)
-    # Widest elements first, as the safetensors library does it, so that all are aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.bitwidth, name))
+    # The format has no gaps: what fills whole lines comes first, so that it starts on one too,
+    # then the rest, the widest elements first, so that all are aligned to themselves.
+    order = sorted(
+        tensors,
+        key=lambda name: (tensors[name].nbytes % _LINE != 0, -tensors[name].dtype.bitwidth, name),
+    )
     for name in order:
         tensor = tensors[name]
         kind, shape = tensor.dtype.name, [int(dim) for dim in tensor.shape.numpy()]
@@ -77,7 +85,7 @@ def write(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> int:
     if packed:
         header["__metadata__"] = {_PACKED: json.dumps(packed)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % _LINE)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
@@ -120,6 +128,29 @@ def read(path: Path) -> dict[str, ir.ExternalTensor]:
             about=str(path),
             remedy="compile the model again",
         ) from error
+    return found
+
+
+def arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the tensors of a file as arrays over one map of it; only packed ones are copied.
+
+    Raises:
+        BadInput: As `read`.
+    """
+    import numpy as np
+
+    stored = read(path)
+    # One map for all: each ExternalTensor would hold a file open, and there may be thousands.
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    found = {}
+    for name, tensor in stored.items():
+        if tensor.dtype.bitwidth % 8:
+            found[name] = tensor.numpy()
+            tensor.release()
+            continue
+        first = tensor.offset or 0
+        flat = data[first : first + tensor.nbytes].view(tensor.dtype.numpy())
+        found[name] = flat.reshape(tuple(tensor.shape.numpy()))
     return found
 
 
