@@ -38,8 +38,8 @@ TARGETS = (
 )
 
 COLUMNS = (
-    "target", "devices", "spread", "compile s", "compiler peak MB", "weights MB", "arguments MB",
-    "outputs MB", "temporaries MB", "code MB", "Gflop each", "collectives", "error",
+    "target", "devices", "spread", "compile s", "CPU s", "compiler peak MB", "weights MB",
+    "arguments MB", "outputs MB", "temporaries MB", "code MB", "Gflop each", "collectives", "error",
 )  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def cells(target: str, manifest: Mapping[str, Any]) -> list[str]:
         str(xla["devices"]),
         program["partition"]["kind"],
         f"{program['compile_seconds']:.1f}",
+        f"{xla['cpu_seconds']:.1f}",
         f"{xla['peak_rss_bytes'] / 1e6:.0f}",
         *(
             f"{size / 1e6:.2f}"
@@ -113,9 +114,11 @@ def page(model: str, shape: Sequence[str], rows: Sequence[Sequence[str]]) -> str
         f"{os.cpu_count()} cores ({platform.machine()}). Each row is a real compile by the "
         "target's own compiler.",
         "",
+        "*compile s* is the wall clock of the compiler alone, on a machine that had other work; "
+        "*CPU s* is all that its process used, imports and tracing included. "
         "Memory is the compiler's analysis of one device (a jax device: one v4, v5e, v5p or v6e "
         "chip, half a 7x chip, one GPU). *Code* is the program itself in device memory; the GPU "
-        "plug-in does not report it. "
+        "plug-in does not report it. Temporaries are 0 where all of them stay in on-chip memory. "
         "*Gflop each* is the compiler's count for one device. *error* is the largest relative "
         "error against the source model in the run on this machine's CPU: no accelerator ran.",
         "",

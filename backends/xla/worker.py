@@ -51,7 +51,9 @@ def main(arguments: Sequence[str]) -> int:
         result = {"error": _error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
         result = {"error": _error_json(_translated(error, job["target"]))}
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result["peak_rss_bytes"] = usage.ru_maxrss * 1024
+    result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
     unfinished = result_path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result), encoding="utf-8")
     os.replace(unfinished, result_path)
