@@ -199,6 +199,11 @@ def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, fl
 def _notes(result: Mapping[str, Any], device: platforms.Device, precision: str) -> tuple[str, ...]:
     """What a reader of the manifest should know: how a slice is used, what a CPU cannot show."""
     notes = [one["partition"]["note"] for one in result["programs"].values()]
+    if any(one["quantized_products"] == "float" for one in result["programs"].values()):
+        notes.append(
+            "quantized products are computed on floats: XLA has no convolution of integers for "
+            "this GPU"
+        )
     if precision != _PRECISIONS[0] and device.platform in _ROUNDS_TO:
         notes.append(
             f"with precision={precision} the device may round the factors of float32 products to "

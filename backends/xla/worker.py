@@ -29,13 +29,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trivium.backends.xla import hlo, partition, platforms, riegeli
 from trivium.backends.xla.platforms import Device
 from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
+from trivium.compiler.passing import is_op, producer
 from trivium.compiler.types import TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.backends.xla.lowering.quantized import Mode
 
 Json = dict[str, Any]
 
@@ -83,6 +89,8 @@ def _translated(error: Exception, target: str) -> TriviumError:
     """The error of ours that says what one of jax's does, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {lines[1]}"
     notes = "; ".join(getattr(error, "__notes__", ()))
     cause = f"{first} ({notes})" if notes else first
     if "RESOURCE_EXHAUSTED" in first:
@@ -149,7 +157,8 @@ def build_program(
     folder = Path(job["folder"])
     model = ir.load(folder / job["model"])
     shapes.bind(model, Workload(dims=dims))
-    lowered = lower(model)
+    mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
+    lowered = lower(model, quantized=mode)
     exported = export(lowered, device, job["precision"])
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     exported_at = time.perf_counter()
@@ -169,6 +178,7 @@ def build_program(
     return {
         "inputs": [asdict(info) for info in lowered.inputs],
         "outputs": [asdict(info) for info in outputs],
+        "quantized_products": mode,
         "partition": split.to_json(),
         "memory": memory,
         "weights_bytes": weights_bytes,
@@ -180,6 +190,18 @@ def build_program(
         "trace_seconds": round(exported_at - started, 3),
         "compile_seconds": round(compiled_at - exported_at, 3),
     }
+
+
+def _convolves_integers(model: ir.Model) -> bool:
+    """Whether a convolution's operands are dequantized.
+
+    XLA has no kernel of its own for a convolution of integers on a GPU, and cuDNN takes them in
+    layouts that it does not choose ahead of time.
+    """
+    return any(
+        is_op(node, "Conv", "ConvTranspose") and producer(node.inputs[1], "DequantizeLinear")
+        for node in model.graph.all_nodes()
+    )
 
 
 def export(lowered: Any, device: Device, precision: str) -> Any:

@@ -169,6 +169,17 @@ def test_an_h100_gets_machine_code(shared_data: SharedData, tmp_path: Path) -> N
     assert_computes_what_the_source_does(artifact, source)
 
 
+@needs_cuda
+@pytest.mark.slow
+def test_a_quantized_network_on_a_gpu(shared_data: SharedData, tmp_path: Path) -> None:
+    source = shared_data("models/mlperf_kws_dscnn_int8_qdq.onnx")
+    manifest = compiled(source, H100, tmp_path, "N=2").manifest
+    assert manifest["verification"]["status"] == "passed"
+    assert any("no convolution of integers" in note for note in manifest["notes"])
+    # The weights stay as small as they are quantized.
+    assert manifest["memory"]["weights_bytes"] < 40_000
+
+
 @needs_tpu
 @pytest.mark.slow
 def test_two_tpu_compiles_at_once(tmp_path: Path) -> None:
