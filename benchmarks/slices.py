@@ -86,7 +86,7 @@ def cells(target: str, manifest: Mapping[str, Any]) -> list[str]:
         program["partition"]["kind"],
         f"{program['compile_seconds']:.1f}",
         f"{xla['cpu_seconds']:.1f}",
-        f"{xla['peak_rss_bytes'] / 1e6:.0f}",
+        f"{xla['peak_rss_bytes'] / 1e6:.0f}" if xla["peak_rss_bytes"] else "unknown",
         *(
             f"{size / 1e6:.2f}"
             for size in (

@@ -58,12 +58,21 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
         result = {"error": _error_json(_translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    result["peak_rss_bytes"] = usage.ru_maxrss * 1024
+    result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
     unfinished = result_path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result), encoding="utf-8")
     os.replace(unfinished, result_path)
     return 0
+
+
+def _peak_rss_bytes() -> int | None:
+    """This process's largest resident size; getrusage's would begin with that of the caller."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if "VmHWM" in line)
 
 
 def _end_with_parent() -> None:

@@ -117,6 +117,7 @@ def test_a_tpu_slice_shares_the_batch(shared_data: SharedData, tmp_path: Path) -
     assert manifest["verification"]["status"] == "passed"
     assert "in place of tpu-v5e:2x2" in manifest["verification"]["compared"]["where"]
     details = manifest["details"]["xla"]
+    assert 100e6 < details["peak_rss_bytes"] < 3e9
     assert (details["device_kind"], details["devices"]) == ("TPU v5 lite", 4)
     assert details["programs"]["main"]["partition"]["kind"] == "batch"
     assert details["programs"]["main"]["compile_seconds"] > 0
