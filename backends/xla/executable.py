@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from trivium.backends.xla import partition, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
-from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform
 from trivium.compiler.types import Program, TensorInfo
@@ -123,24 +124,34 @@ class XlaExecutable:
 def local_devices(platform: str) -> list[Any]:
     """Return this machine's devices of a platform if it has any, else its CPU.
 
-    jax asks every plug-in that is installed for its devices, and libtpu searches the network for
-    a TPU: on a machine without the device, neither is let to.
+    Raises:
+        ToolchainMissing: jax was imported earlier, and told to leave out the CPU.
     """
-    present = any(os.path.exists(file) for file in _DEVICE_FILES.get(platform, ()))
-    if not present and "jax" not in sys.modules:
+    if "jax" not in sys.modules and not any(map(_present, _DEVICE_FILES)):
         _import_jax_for_cpu()
     import jax
 
-    if present:
-        try:
-            return list(jax.devices(_JAX_NAME[platform]))
-        except RuntimeError:  # the device file is there, but no driver or plug-in for it
-            pass
-    return list(jax.devices("cpu"))
+    # A device file may be there without a driver or plug-in for it: then jax has no such devices.
+    for name in [_JAX_NAME[platform]] * _present(platform) + ["cpu"]:
+        with suppress(RuntimeError):
+            return list(jax.devices(name))
+    raise ToolchainMissing(
+        "jax was started without its CPU",
+        about="XLA",
+        remedy="unset JAX_PLATFORMS, or add cpu to it",
+    )
+
+
+def _present(platform: str) -> bool:
+    """Whether this machine has the files of a platform's devices."""
+    return any(os.path.exists(file) for file in _DEVICE_FILES.get(platform, ()))
 
 
 def _import_jax_for_cpu() -> None:
-    """Import jax with only the CPU in view, and leave the environment as it was."""
+    """Import jax with only the CPU in view, and leave the environment as it was.
+
+    Otherwise jax asks every plug-in that is installed, and libtpu searches the network for a TPU.
+    """
     previous = os.environ.get("JAX_PLATFORMS")
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
