@@ -81,6 +81,7 @@ class _Rewrite:
         self.tokens = next(v for v in graph.inputs if sequence.kind(v) is Kind.TOKEN)
         self._totals: dict[ir.Value, ir.Value] = {}
         self._rows: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._lengths_of_new: dict[ir.Value, ir.Value] = {}
         self._names = {value.name or "" for value in graph.inputs} | set(graph.initializers)
         for node in graph:
             self._names |= {node.name or ""} | {value.name or "" for value in node.outputs}
@@ -89,8 +90,6 @@ class _Rewrite:
         nodes = list(self.graph)
         caches = [self._caches(index, node) for index, node in enumerate(self.sequence.attentions)]
         self._lengths(caches[0][0])
-        for value in self.sequence.total_inputs:
-            value.shape = self._shape(value, self.whole)
         cached = set(self.sequence.attentions)
         for node in nodes:
             if self.sequence.kind(node.outputs[0]) is Kind.TOKEN and node not in cached:
@@ -99,6 +98,8 @@ class _Rewrite:
             zip(self.sequence.attentions, caches, strict=True)
         ):
             self._attend(index, node, key, value)
+        for value in self.sequence.total_inputs:  # last: their axes are read until here
+            value.shape = self._shape(value, self.whole)
 
     # New inputs, and how many tokens there are.
 
@@ -142,7 +143,7 @@ class _Rewrite:
             return value
         if value not in self._totals:
             if node.op_type == "Shape":
-                self._totals[value] = self._total_shape(node)
+                self._totals[value] = self._sized(node, self.total, "total")
             else:
                 inputs = [self._total(v) if v is not None else None for v in node.inputs]
                 for before, after in self._copy(node, inputs, "total"):
@@ -150,16 +151,30 @@ class _Rewrite:
                     self._totals[before] = after
         return self._totals[value]
 
-    def _total_shape(self, node: ir.Node) -> ir.Value:
-        """A Shape whose sequence axes are as long as the whole sequence."""
-        x, name = node.inputs[0], f"{node.name}.total"
+    def _length(self, value: ir.Value) -> ir.Value:
+        """A length as it is for the new tokens alone."""
+        node = value.producer()
+        if self.sequence.kind(value) is not Kind.LENGTH or node is None:
+            return value
+        if value not in self._lengths_of_new:
+            if node.op_type == "Shape":
+                self._lengths_of_new[value] = self._sized(node, self.new, "new")
+            else:
+                inputs = [self._length(v) if v is not None else None for v in node.inputs]
+                for before, after in self._copy(node, inputs, "new"):
+                    after.shape, after.type = before.shape, before.type
+                    self._lengths_of_new[before] = after
+        return self._lengths_of_new[value]
+
+    def _sized(self, node: ir.Node, length: ir.Value, suffix: str) -> ir.Value:
+        """What a Shape says when its sequence axes are as long as ``length``."""
+        x, name = node.inputs[0], f"{node.name}.{suffix}"
+        along, axes = self.sequence.axes(x), range(rank(x))
         start, end = attribute(node, "start", 0), attribute(node, "end", rank(x))
-        if x is not None and self.sequence.kind(x) is Kind.TOTAL:
-            return self._op("Shape", [self._total(x)], name, start=start, end=end)
-        along = self.sequence.axes(x)
+        source = self._total(x) if x is not None and self.sequence.kind(x) is Kind.TOTAL else x
         parts = [
-            self.total if axis in along else self._op("Shape", [x], name, start=axis, end=axis + 1)
-            for axis in range(rank(x))[start:end]
+            length if axis in along else self._op("Shape", [source], name, start=axis, end=axis + 1)
+            for axis in axes[start:end]
         ]
         return parts[0] if len(parts) == 1 else self._op("Concat", parts, name, axis=0)
 
@@ -202,6 +217,8 @@ class _Rewrite:
         for index, value in enumerate(node.inputs):
             if value is not None and self.sequence.kind(value) is Kind.TOTAL:
                 node.replace_input_with(index, self._rows_or_total(value))
+            elif value is not None and self.sequence.kind(value) is Kind.LENGTH:
+                node.replace_input_with(index, self._length(value))
 
     # Attention.
 

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.passing import attribute, constant, is_op
+from trivium.passes.masks import mask_problem
 
 ELEMENTWISE = frozenset(
     {
@@ -39,7 +40,7 @@ ALONG_AN_AXIS = {"Concat": 0, "LogSoftmax": -1, "ScatterElements": 0, "Softmax":
 
 NORMALIZATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
 REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"})
-SHAPING = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+SHAPING = frozenset({"Expand", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -131,7 +132,23 @@ def analyse(graph: ir.Graph) -> Sequence | None:
         for value in inputs:
             problems.setdefault(value, problem)
         sequence.total_inputs |= inputs
+    _prove_masks(graph, sequence)
     return sequence
+
+
+def _prove_masks(graph: ir.Graph, sequence: Sequence) -> None:
+    """Evaluate the masks that have to hide the future, or that the rules do not understand."""
+    problems: dict[tuple[ir.Value, bool], str | None] = {}
+    for node in sequence.attentions:
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        causal = not attribute(node, "is_causal", 0)
+        if mask is None or not (causal or mask in sequence._whole):
+            continue
+        if (mask, causal) not in problems:
+            problems[mask, causal] = mask_problem(graph, mask, sequence.symbol, causal=causal)
+        problem = problems[mask, causal]
+        if problem is not None:
+            raise NotUnderstood(node, problem)
 
 
 def _culprit(problems: dict[ir.Value, NotUnderstood]) -> NotUnderstood | None:
@@ -222,7 +239,7 @@ def _prefix_stable(sequence: Sequence, node: ir.Node) -> bool:
         return all(kind is Kind.STATIC for kind in kinds[1:])
     if node.op_type == "Slice":
         return _keeps_a_prefix(sequence, node)
-    return node.op_type in {"ConstantOfShape", "Expand", *SHAPING}
+    return node.op_type in {"ConstantOfShape", *SHAPING}
 
 
 def _keeps_a_prefix(sequence: Sequence, node: ir.Node) -> bool:
@@ -243,14 +260,14 @@ def _mixed_inputs(sequence: Sequence, node: ir.Node) -> tuple[list[ir.Value], st
         NotUnderstood: An Attention that no cache would leave as it is.
     """
     tokens = [v for v in node.inputs if v is not None and sequence.kind(v) is Kind.TOKEN]
+    reason = "mixes positions in a way that is not understood"
+    if is_op(node, "Attention"):
+        return _mixed_by_attention(sequence, node), reason
     for value in node.inputs:
         if value in sequence._whole:
             return tokens, f"reads {value.name!r}, which depends on the whole sequence"
         if sequence.kind(value) is Kind.LENGTH and node.op_type not in SHAPING:
             return tokens, "computes with the length of the sequence"
-    reason = "mixes positions in a way that is not understood"
-    if is_op(node, "Attention"):
-        return _mixed_by_attention(sequence, node), reason
     rule = _rule(node)
     if rule is None or not rule(sequence, node):
         return tokens, reason
@@ -269,14 +286,16 @@ def _mixed_by_attention(sequence: Sequence, node: ir.Node) -> list[ir.Value]:
         return [mask]
     if is_cached(node):
         raise NotUnderstood(node, "it has a cache already, and others have not")
-    if not attribute(node, "is_causal", 0):
-        raise NotUnderstood(node, "is_causal is 0: it may look at tokens that are yet to come")
+    if mask is None and not attribute(node, "is_causal", 0):
+        raise NotUnderstood(node, "it may look at tokens that are yet to come")
     if len(_read(node.outputs)) > 1:
         raise NotUnderstood(node, "more than its first output is read")
     for value in node.inputs[:3]:
         if sequence.kind(value) is not Kind.TOKEN or sequence.axes(value) != [rank(value) - 2]:
             raise NotUnderstood(node, "its queries, keys and values are not one for each token")
-    if mask is not None and rank(mask) - 1 not in sequence.axes(mask):
+    if mask is not None and (
+        rank(mask) - 1 not in sequence.axes(mask) or sequence.kind(mask) is not Kind.TOTAL
+    ):
         raise NotUnderstood(node, "its mask does not span the sequence")
     return []
 
@@ -303,7 +322,7 @@ def _elementwise(sequence: Sequence, node: ir.Node) -> bool:
     )
 
 
-def _from_right(sequence: Sequence, value: ir.Value) -> int | None:
+def _from_right(sequence: Sequence, value: ir.Value | None) -> int | None:
     axis = sequence.axis(value)
     return axis - rank(value) if axis is not None else None
 
@@ -359,17 +378,32 @@ def _rotary(sequence: Sequence, node: ir.Node) -> bool:
 
 
 def _shaping(sequence: Sequence, node: ir.Node) -> bool:
-    """The dimensions before the sequence axis stay, or are only permuted or put in or out."""
+    """The sequence axis stays whole: others are split and merged on either side of it."""
     x, y = node.inputs[0], node.outputs[0]
     how = node.inputs[1] if len(node.inputs) > 1 else None
     if sequence.kind(how) not in (Kind.STATIC, Kind.LENGTH):
         return False
+    if node.op_type == "Expand":
+        return _from_right(sequence, x) == _from_right(sequence, y)
     if node.op_type != "Reshape":
         return True
-    axis = sequence.axis(x)
-    if axis is None or x is None or x.shape is None or y.shape is None:
+    before, after = sequence.axis(x), sequence.axis(y)
+    if before is None or after is None or x is None or x.shape is None or y.shape is None:
         return False
-    return list(x.shape[: axis + 1]) == list(y.shape[: axis + 1])
+    return _size(x.shape[:before]) == _size(y.shape[:after]) is not None
+
+
+def _size(dims: Iterable[int | ir.SymbolicDim]) -> tuple[int, list[str]] | None:
+    """The product of dimensions: of the known ones, and the names of the others."""
+    known, names = 1, []
+    for dim in dims:
+        if isinstance(dim, int):
+            known *= dim
+        elif dim.value is None:
+            return None
+        else:
+            names.append(dim.value)
+    return known, sorted(names)
 
 
 RULES: tuple[tuple[frozenset[str], Rule], ...] = (

@@ -97,12 +97,16 @@ GPT2_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(kind: str, options: dict[str, Any], folder: Path, **save: Any) -> Any:
+def make(
+    kind: str, options: dict[str, Any], folder: Path, *, sdpa: bool = False, **save: Any
+) -> Any:
     """Save a random checkpoint of an architecture and return transformers' model of it."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     config_class = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    config = getattr(transformers, config_class)(**options, attn_implementation="eager")
+    config = getattr(transformers, config_class)(
+        **options, attn_implementation="sdpa" if sdpa else "eager"
+    )
     name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     model = getattr(transformers, name)(config).eval()
     generator = torch.Generator().manual_seed(0)

@@ -212,7 +212,7 @@ def test_attention_that_sees_the_future_is_left_alone(tmp_path: Path) -> None:
         "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
     }  # fmt: skip
     reason = declined(random_model(config, tmp_path))
-    assert reason.startswith("layer.0.attention.Attention: is_causal is 0")
+    assert reason == "layer.0.attention.Attention: it may look at tokens that are yet to come"
 
 
 def test_rotation_that_depends_on_the_whole_sequence_is_left_alone(tmp_path: Path) -> None:
@@ -256,8 +256,78 @@ def test_node_that_mixes_positions_is_named(
     assert declined(model).startswith("mixer: mixes positions")
 
 
-def by_hand() -> ir.Model:
-    """A decoder as others write it: [batch, heads, seq, size], lengths from Shape, no mask."""
+def _ranks(op: Any, ints: Any, length: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Places of keys [t] and of queries [t, 1]."""
+    zero, one = op("Squeeze", ints(0)), op("Squeeze", ints(1))
+    keys = op("Range", zero, length, one)
+    keys.type, keys.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(["t"])
+    return keys, op("Unsqueeze", keys, ints(1))
+
+
+def _compared(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    keys, queries = _ranks(op, ints, length)
+    found: ir.Value = op("LessOrEqual", keys, queries)
+    return found
+
+
+def _window(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    keys, queries = _ranks(op, ints, length)
+    near = op("Less", op("Sub", queries, keys), ints(3))
+    found: ir.Value = op("And", near, op("LessOrEqual", keys, queries))
+    return found
+
+
+def _triangle(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    side = op("Unsqueeze", length, ints(0))
+    ones = op("ConstantOfShape", op("Concat", side, side, axis=0), value=ir.tensor([1.0]))
+    ones.type, ones.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["t", "t"])
+    found: ir.Value = op("Cast", op("Trilu", ones, upper=0), to=ir.DataType.BOOL)
+    return found
+
+
+def _infinite(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    allowed = op("Cast", _compared(op, ints, length), to=ir.DataType.FLOAT)
+    one = op("Cast", op("Squeeze", ints(1)), to=ir.DataType.FLOAT)
+    huge = op("Cast", op("Squeeze", ints(-1_000_000)), to=ir.DataType.FLOAT)
+    found: ir.Value = op("Mul", op("Sub", one, allowed), huge)
+    return found
+
+
+def _future(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    keys, queries = _ranks(op, ints, length)
+    found: ir.Value = op("LessOrEqual", queries, keys)
+    return found
+
+
+def _late(op: Any, ints: Any, length: ir.Value) -> ir.Value:
+    """Causal, but for the last three queries only."""
+    keys, queries = _ranks(op, ints, length)
+    last = op("GreaterOrEqual", queries, op("Sub", length, op("Squeeze", ints(3))))
+    found: ir.Value = op("And", last, op("LessOrEqual", keys, queries))
+    return found
+
+
+MASKS: dict[str, Callable[[Any, Any, ir.Value], ir.Value]] = {
+    "compared": _compared,
+    "triangle": _triangle,
+    "infinite": _infinite,
+    "window": _window,
+    "future": _future,
+    "late": _late,
+}
+
+
+@pytest.mark.parametrize(
+    ("guise", "reason"),
+    [("future", "tokens that are yet to come"), ("late", "changes for earlier tokens")],
+)
+def test_mask_that_no_cache_can_serve_is_left_alone(guise: str, reason: str) -> None:
+    assert reason in declined(by_hand(guise))
+
+
+def by_hand(guise: str = "") -> ir.Model:
+    """A decoder as others write it: [batch, heads, seq, size], lengths from Shape, and instead of
+    is_causal a mask in one of the guises below."""
     rng = np.random.default_rng(0)
     graph = ir.Graph([], [], nodes=[], name="by-hand", opset_imports={"": 24})
     ids = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n", "t"]))
@@ -298,7 +368,14 @@ def by_hand() -> ir.Model:
         )
         for _ in range(3)
     ]
-    mixed = op("Transpose", op("Attention", *parts, is_causal=1), perm=[0, 2, 1, 3])
+    if guise:
+        mask = MASKS[guise](op, ints, op("Squeeze", length))
+        mask.type = ir.TensorType(ir.DataType.BOOL if guise != "infinite" else ir.DataType.FLOAT)
+        mask.shape = ir.Shape(["t", "t"])
+        attended = op("Attention", *parts, mask)
+    else:
+        attended = op("Attention", *parts, is_causal=1)
+    mixed = op("Transpose", attended, perm=[0, 2, 1, 3])
     merged = op("Reshape", mixed, op("Concat", op("Shape", ids), ints(16), axis=0))
     logits = op("MatMul", op("Add", merged, hidden), weight(16, VOCAB))
     logits.name = "logits"
@@ -313,9 +390,12 @@ def by_hand() -> ir.Model:
 
 
 @pytest.mark.parametrize("form", ["growing", "static"])
-def test_decoder_written_by_hand(form: str, tmp_path: Path) -> None:
-    full = session(by_hand(), tmp_path)
-    model = by_hand()
+@pytest.mark.parametrize("guise", ["", "compared", "triangle", "infinite", "window"])
+def test_decoder_written_by_hand(guise: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / "full.onnx"
+    models.save(by_hand(guise), path)
+    full = ort.InferenceSession(path)
+    model = by_hand(guise)
     assert InsertKVCache(form=form, outputs="all")(model).modified
     path = tmp_path / "cached.onnx"
     models.save(model, path)
