@@ -12,8 +12,10 @@ import onnx_ir.passes.common as common
 
 from trivium.compiler.passing import Pass, attribute, decline, initializer, option
 from trivium.compiler.types import Preserves
+from trivium.passes.analyse_sequence import analyse
 from trivium.passes.infer_shapes import InferShapes
-from trivium.passes.sequence import ELEMENTWISE, Kind, NotUnderstood, Sequence, analyse, rank
+from trivium.passes.positionwise import ELEMENTWISE
+from trivium.passes.sequence import Kind, NotUnderstood, Sequence, rank
 
 GROWING, STATIC = "growing", "static"
 LAST, ALL = "last", "all"
@@ -288,7 +290,9 @@ class _Rewrite:
     def keep_last(self, output: ir.Value) -> None:
         """Compute a graph output for the last position only, from as early as possible on."""
         sequence = self.sequence
-        if sequence.kind(output) is not Kind.TOKEN or output.producer() is None:
+        if sequence.kind(output) is not Kind.TOKEN or not sequence.axes(output):
+            return
+        if output.producer() is None:
             return
         chain = [output]
         while (before := _only_token(sequence, chain[-1])) is not None:
