@@ -166,7 +166,7 @@ def test_an_h100_gets_machine_code(shared_data: SharedData, tmp_path: Path) -> N
     assert all(image.startswith(b"\x7fELF") for image in images)
     assert {hlo.compute_capability(image) for image in images} == {90}
     assert b"wrapped_transpose" in b"".join(images)
-    assert "__cudnn$convForward" in (artifact.path / "main.hlo.txt").read_text()
+    assert "__cudnn$convBiasActivationForward" in (artifact.path / "main.hlo.txt").read_text()
     assert_computes_what_the_source_does(artifact, source)
 
 
