@@ -218,7 +218,11 @@ class ConvertedTensor(ir.LazyTensor):
         rows = mapped.reshape(1) if mapped.ndim == 0 else mapped
         step = max(1, size // max(4 * math.prod(rows.shape[1:]), 1))
         for first in range(0, rows.shape[0], step):
-            yield np.array(rows[first : first + step], dtype=np.float32, order="C").tobytes()
+            block = rows[first : first + step]
+            if self._transpose:
+                # Copied as it lies first, so that it is turned within the cache.
+                block = np.ascontiguousarray(block.T).T
+            yield np.array(block, dtype=np.float32, order="C").tobytes()
 
     def _mapped(self) -> np.ndarray[Any, Any]:
         """The stored form, mapped from the file, in the shape of this tensor."""
