@@ -120,6 +120,29 @@ def test_loop_runs_as_often_as_the_program_computes(trips: int) -> None:
         )
 
 
+COUNTED = """main (float[2] x) => (float[2] y, float[r, 2] rows) {
+   y, rows = Loop(trips, go, x) <body = step (int64 i, bool c, float[2] s)
+   => (bool d, float[2] t, float[2] u) {
+      d = Identity(c)
+      t = Add(s, one)
+      u = Identity(t)
+   }>
+}"""
+
+
+@pytest.mark.parametrize(("trips", "loops"), [(3, 0), (100, 1)])
+def test_loop_of_known_length_is_unrolled_only_while_it_is_short(trips: int, loops: int) -> None:
+    one = np.asarray(1, np.float32)
+    model = parse(COUNTED, go=np.asarray(True), trips=np.asarray(trips), one=one)
+    x = np.asarray([1.0, 2.0], np.float32)
+    with precise():
+        jitted = jax.jit(lower(model).function)
+        text, results = jitted.lower({}, {"x": x}).as_text(), jitted({}, {"x": x})
+    assert text.count("stablehlo.while") == loops
+    np.testing.assert_array_equal(results["y"], x + trips)
+    np.testing.assert_array_equal(results["rows"], x + np.arange(1, trips + 1)[:, None])
+
+
 BRANCH = """main (bool c, float[2] x) => (float[2] y) {
    y = If(c) <
       then_branch = yes () => (float[2] a) {a = Neg(x)},
