@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from trivium.compiler import model as models
 from trivium.compiler import plugins, recipe, shapes
-from trivium.compiler.errors import BadInput, Unsupported, blaming
+from trivium.compiler.errors import BackendFailed, BadInput, Unsupported, blaming
 from trivium.compiler.recipe import Applied, Context, Recipe
 from trivium.compiler.types import Estimate, Target, TensorInfo, Workload
 
@@ -119,10 +119,19 @@ def legalize(model: ir.Model, backend: Backend, target: Target, workload: Worklo
 
 
 def predict(prepared: Prepared, target: Target) -> Estimate:
-    """Ask the backend's cost model; of several sizes of a dimension, the largest."""
-    with blaming(f"cost model of {prepared.backend.name}"):
-        workload = shapes.each(prepared.workload)[-1]
-        return prepared.backend.estimate(prepared.model, target, workload)
+    """Ask the backend's cost model; of several sizes of a dimension, the largest.
+
+    A model that cannot be priced can still be built: the estimate is then unknown, and says why.
+
+    Raises:
+        Unsupported: The target cannot hold it.
+    """
+    workload = shapes.each(prepared.workload)[-1]
+    try:
+        with blaming(f"cost model of {prepared.backend.name}"):
+            return prepared.backend.estimate(prepared.model, target, workload)
+    except (BadInput, BackendFailed) as error:
+        return Estimate(None, notes=(f"no prediction: {error}",))
 
 
 def refused(prepared: Prepared, target: Target) -> Unsupported:
