@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from trivium.compiler import files
 from trivium.compiler.artifact import MANIFEST, Artifact, move_into_place, staged
 from trivium.compiler.errors import BadInput
 
@@ -81,12 +81,9 @@ def store(key: str, artifact: Artifact) -> None:
         return
     try:
         home.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".", dir=home))
-        try:
+        with files.workspace(home) as stage:
             shutil.copytree(artifact.path, stage, dirs_exist_ok=True)
             move_into_place(stage, home / key)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
         _evict(home)
     except OSError:
         return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import passing
+from trivium.compiler import files, passing
 from trivium.compiler.errors import BadInput, Unsupported
 
 if TYPE_CHECKING:
@@ -79,27 +79,28 @@ def _check_tensors(model: ir.Model, path: Path) -> None:
 
 
 def _check_external(tensor: ir.ExternalTensor, base: Path, about: str) -> None:
-    location = Path(tensor.location)
-    resolved = (base / location).resolve()
-    if location.is_absolute() or not resolved.is_relative_to(base):
+    location = str(tensor.location)
+    resolved = files.inside(base, location)
+    if resolved is None:
         raise BadInput(
-            f"external data {str(location)!r} lies outside of the model's folder", about=about
+            f"external data {location[:200]!r} lies outside of the model's folder", about=about
         )
     if not resolved.is_file():
         raise BadInput(
-            f"external data file {str(location)!r} is absent",
+            f"external data file {location!r} is absent or no plain file",
             about=about,
             remedy="put it beside the model",
         )
     offset, length = tensor.offset or 0, tensor.length
-    size = resolved.stat().st_size
+    size = files.require_file(resolved)
     if offset < 0 or (length is not None and length < 0):
         raise BadInput(f"external data at offset {offset}, length {length}", about=about)
     if length is not None and length < tensor.nbytes:
         raise BadInput(f"{length} bytes of external data for {tensor.nbytes}", about=about)
-    if offset + tensor.nbytes > size:
+    end = offset + (tensor.nbytes if length is None else length)
+    if end > size:
         raise BadInput(
-            f"external data ends at byte {offset + tensor.nbytes} of a file of {size}",
+            f"external data ends at byte {end} of a file of {size}",
             about=about,
             remedy="the file is truncated; copy it again",
         )

@@ -75,9 +75,9 @@ def _watchdog(seconds: float) -> threading.Timer:
     def expire() -> None:
         message = f"trivium: gave up after {seconds:g} s; raise it with --timeout\n"
         os.write(2, message.encode())
-        from trivium.compiler.artifact import remove_stages
+        from trivium.compiler.files import remove_workspaces
 
-        remove_stages()
+        remove_workspaces()
         os._exit(5)
 
     timer = threading.Timer(seconds, expire)

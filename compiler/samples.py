@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trivium.compiler import files
 from trivium.compiler.errors import BadInput
 from trivium.compiler.types import TensorInfo, Workload
 
@@ -41,11 +42,10 @@ def read_npz(path: str | os.PathLike[str], inputs: Sequence[TensorInfo]) -> list
     import numpy as np
 
     path = Path(path)
+    files.require_file(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise BadInput("no such file", about=str(path)) from error
     except (ValueError, OSError, EOFError, KeyError) as error:
         raise BadInput("not a readable .npz file", about=str(path)) from error
     except Exception as error:  # zipfile and zlib raise their own kinds for damaged archives

@@ -248,8 +248,7 @@ def work_of(node: ir.Node) -> Work:
         sum(writes_of(node, demand)),
         resident,
     )
-    for graph, times in bodies(node):
-        body = _sum_of(graph)
+    for _, times, body in _weighed(node):
         work += Work(
             {dtype: count * times for dtype, count in body.operations.items()},
             body.bytes_read * times,
@@ -296,11 +295,23 @@ def bodies(node: ir.Node) -> Iterator[tuple[ir.Graph, float]]:
         BadInput: A Loop whose trip count is not a constant.
     """
     if is_op(node, "If"):
+        yield from ((graph, times) for graph, times, _ in _weighed(node))
+    else:
+        yield from _loops(node)
+
+
+def _weighed(node: ir.Node) -> Iterator[tuple[ir.Graph, float, Work]]:
+    """`bodies`, with the work of one run of each; every branch is summed once, however deep."""
+    if is_op(node, "If"):
         branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-        works = [(_sum_of(branch), branch) for branch in branches]
-        heavier = max(works, key=lambda pair: (pair[0].total_operations, pair[0].bytes_moved))
-        yield heavier[1], 1.0
-    elif is_op(node, "Loop"):
+        works = [(branch, 1.0, _sum_of(branch)) for branch in branches]
+        yield max(works, key=lambda entry: (entry[2].total_operations, entry[2].bytes_moved))
+    else:
+        yield from ((graph, times, _sum_of(graph)) for graph, times in _loops(node))
+
+
+def _loops(node: ir.Node) -> Iterator[tuple[ir.Graph, float]]:
+    if is_op(node, "Loop"):
         trips = constant(node.inputs[0])
         if trips is None:
             raise BadInput(
