@@ -130,10 +130,10 @@ def _tensor_info(table: Mapping[str, Any]) -> TensorInfo:
 def _check_files(path: Path, checksums: Mapping[str, str]) -> None:
     for name, expected in checksums.items():
         file = files.inside(path, name)
-        if file is None or not file.is_file():
-            raise BadInput(
-                f"the file {name} is missing", about=str(path), remedy="compile it again"
-            )
+        missing = f"the file {name} is missing"
+        if file is None:
+            raise BadInput(missing, about=str(path), remedy="compile it again")
+        files.require_file(file, absent=missing, remedy="compile it again")
         if file_hash(file) != expected:
             raise BadInput(
                 f"the file {name} does not match its checksum",

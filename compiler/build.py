@@ -184,7 +184,7 @@ def _verify(
     feeds: Sequence[Mapping[str, Any]],
     source: reference.Reference,
     optimized: reference.Reference,
-    tolerance: float,
+    tolerance: verify.Tolerance,
 ) -> verify.Verification:
     compared = {
         "samples": len(feeds),

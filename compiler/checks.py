@@ -85,14 +85,12 @@ def _check_external(tensor: ir.ExternalTensor, base: Path, about: str) -> None:
         raise BadInput(
             f"external data {location[:200]!r} lies outside of the model's folder", about=about
         )
-    if not resolved.is_file():
-        raise BadInput(
-            f"external data file {location!r} is absent or no plain file",
-            about=about,
-            remedy="put it beside the model",
-        )
     offset, length = tensor.offset or 0, tensor.length
-    size = files.require_file(resolved)
+    size = files.require_file(
+        resolved,
+        absent=f"external data file {location!r} is absent",
+        remedy=f"put it beside {base.name}",
+    )
     if offset < 0 or (length is not None and length < 0):
         raise BadInput(f"external data at offset {offset}, length {length}", about=about)
     if length is not None and length < tensor.nbytes:

@@ -90,8 +90,10 @@ def _runner(path: Path) -> tuple[Run, Sequence[TensorInfo]]:
 def _session(path: Path) -> Any:
     import onnxruntime as ort
 
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
     try:
-        return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise BackendFailed(
             one_line(error),
@@ -130,6 +132,9 @@ def _read_labelled(path: Path, inputs: Sequence[TensorInfo]) -> tuple[dict[str, 
             about=str(path),
             remedy=f"it holds: {', '.join(arrays)}",
         )
+    flat = [name for name, array in (*feeds.items(), ("y", arrays["y"])) if array.ndim == 0]
+    if flat:
+        raise BadInput(f"the array {flat[0]!r} has no axis of samples", about=str(path))
     counts = {name: len(array) for name, array in feeds.items()} | {"y": len(arrays["y"])}
     if len(set(counts.values())) != 1:
         raise BadInput(f"arrays of different lengths: {counts}", about=str(path))

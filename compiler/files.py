@@ -81,13 +81,28 @@ def read_json(path: Path, *, what: str = "its JSON", remedy: str = "") -> Any:
         ) from error
 
 
+def copy_tree(source: Path, destination: Path) -> None:
+    """Copy the files below a folder into an existing one; the first failure ends it.
+
+    `shutil.copytree` would go on, and then raise a list that says of none of them what it was.
+    """
+    for file in sorted(source.rglob("*")):
+        place = destination / file.relative_to(source)
+        if file.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(file, place)
+
+
 @contextmanager
 def disk_full(path: Path) -> Iterator[None]:
     """Turn a full disk (or quota) while ``path`` is made into ``BackendFailed``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        # numpy reports a short write in words of its own, without a number.
+        short = error.errno is None and " requested and " in str(error)
+        if error.errno not in _FULL and not short:
             raise
         raise BackendFailed(
             "the disk is full",

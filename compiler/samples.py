@@ -93,6 +93,32 @@ def _feeds(
     return feeds
 
 
+def conform_feeds(
+    feeds: Mapping[str, Any], inputs: Sequence[TensorInfo], *, about: str = "run"
+) -> dict[str, Any]:
+    """Return what every executable runs on: an array for each input, in its dtype and shape.
+
+    Arrays that no input is called after are left out.
+
+    Raises:
+        BadInput: One is missing or does not fit; the message names it.
+    """
+    if not isinstance(feeds, Mapping):
+        raise BadInput(
+            f"a {type(feeds).__name__} of feeds",
+            about=about,
+            remedy="give a dict of arrays by name",
+        )
+    for info in inputs:
+        if info.name not in feeds:
+            raise BadInput(
+                f"the input {info.name!r} is missing",
+                about=about,
+                remedy=f"given: {', '.join(map(str, feeds)) or 'nothing'}",
+            )
+    return {info.name: conform(feeds[info.name], info, about=about) for info in inputs}
+
+
 def conform(array: Any, info: TensorInfo, *, about: str, batched: bool = False) -> Any:
     """Return ``array`` in the dtype of an input, or raise ``BadInput`` naming what differs.
 
@@ -101,7 +127,10 @@ def conform(array: Any, info: TensorInfo, *, about: str, batched: bool = False) 
     """
     import numpy as np
 
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise BadInput(f"{info.name!r} is no array ({error})", about=about) from error
     wanted = numpy_dtype(info.dtype)
     if array.dtype != wanted:
         if not (_castable(array, wanted)):
