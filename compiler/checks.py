@@ -111,6 +111,30 @@ def _check_inline(tensor: ir.TensorProtoTensor, about: str) -> None:
             f"{len(proto.raw_data)} bytes of data where its shape needs {tensor.nbytes}",
             about=about,
         )
+    if proto.HasField("raw_data"):
+        return
+    # Otherwise the elements lie in the field of their kind, those below a byte packed.
+    name = _FIELDS.get(tensor.dtype.name, "int32_data")
+    have = len(getattr(proto, name))
+    need = tensor.size
+    if tensor.dtype.name in ("COMPLEX64", "COMPLEX128"):
+        need *= 2
+    elif name == "int32_data" and tensor.dtype.bitwidth < 8:
+        need = -(-need * tensor.dtype.bitwidth // 8)
+    if have != need:
+        raise BadInput(f"{have} entries of {name} where its shape needs {need}", about=about)
+
+
+_FIELDS = {
+    "FLOAT": "float_data",
+    "COMPLEX64": "float_data",
+    "DOUBLE": "double_data",
+    "COMPLEX128": "double_data",
+    "INT64": "int64_data",
+    "UINT32": "uint64_data",
+    "UINT64": "uint64_data",
+}
+"""Where a tensor's elements lie if they are not raw bytes; ``int32_data`` for all others."""
 
 
 def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -228,7 +252,13 @@ def _windows(node: ir.Node) -> str | None:
         given = passing.attribute(node, name)
         if given is not None and any(size < 1 for size in given):
             return f"its {name} {list(given)} must all be at least 1"
+    padding = passing.attribute(node, "auto_pad", "NOTSET")
+    if padding not in _AUTO_PADS:
+        return f"its auto_pad {padding!r} is none of {', '.join(_AUTO_PADS)}"
     return None
+
+
+_AUTO_PADS = ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
 
 
 @_rule("Reshape")

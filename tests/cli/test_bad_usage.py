@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- models --------------------------------------------------------------------------------------
 
 
-def _with_external(path: Path, *, as_attribute: bool = False, **entries: str) -> None:
+def _with_external(path: Path, entries: Mapping[str, str], *, as_attribute: bool = False) -> None:
     """A product with weights outside, where ``entries`` say."""
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=(4, 4))
     tensor.data_location = TensorProto.EXTERNAL
@@ -86,11 +86,11 @@ def test_external_data_stays_in_the_folder(tmp_path: Path, run_all: RunAll) -> N
     for as_attribute in (False, True):
         for index, one in enumerate(entries):
             path = folder / f"m{index}{as_attribute}.onnx"
-            _with_external(path, as_attribute=as_attribute, **one)
+            _with_external(path, one, as_attribute=as_attribute)
             lines.append(["inspect", path])
     for answer in run_all(lines):
         assert answer.code == 2, answer
-    _with_external(folder / "good.onnx", **here)
+    _with_external(folder / "good.onnx", here)
     assert run_all([["inspect", folder / "good.onnx"]])[0].code == 0
 
 
@@ -111,7 +111,7 @@ def test_what_is_no_model(tmp_path: Path, run_all: RunAll) -> None:
              "deep", "list", "untyped", "piped", "n" * 300 + ".onnx", "x\0y.onnx",
              "text.onnx/x.onnx"]  # fmt: skip
     before = sorted(tmp_path.iterdir())
-    lines: list[list[object]] = []
+    lines: list[Sequence[object]] = []
     for name in names:
         path = tmp_path / name
         lines += [
@@ -182,7 +182,7 @@ def test_data_that_does_not_fit(
             archive.writestr("x.npy", _npy(shape))
     bad = sorted(path for path in tmp_path.glob("*.npz") if path.stem != "good")
     assert len(bad) == len(arrays) + 7
-    lines: list[list[object]] = []
+    lines: list[Sequence[object]] = []
     for path in bad:
         lines += [
             ["run", artifact, "--input", path, "--json"],
@@ -252,7 +252,7 @@ def test_a_wrong_recipe(text: str, tmp_path: Path) -> None:
 
 def test_numbers_that_are_none(tiny: Path, artifact: Path, tmp_path: Path, run_all: RunAll) -> None:
     model: list[object] = ["compile", tiny, "--target", "cpu", "-o", tmp_path / "out", "--no-cache"]
-    lines: list[list[object]] = [
+    lines: list[Sequence[object]] = [
         *(
             [*model, "--shape", f"n={size}"]
             for size in ("0", "-1", "1.5", "9" * 30, "9" * 5000, "")
@@ -276,7 +276,7 @@ def test_numbers_that_are_none(tiny: Path, artifact: Path, tmp_path: Path, run_a
 
 def test_json_is_one_document(tiny: Path, artifact: Path, tmp_path: Path, run_all: RunAll) -> None:
     np.savez(tmp_path / "xy.npz", x=np.ones((2, 4), np.float32), y=np.zeros(2))
-    lines: list[list[object]] = [
+    lines: list[Sequence[object]] = [
         ["compile", tiny, "--target", "cpu", "--no-cache", "-o", tmp_path / "a"],
         ["compile", tiny, "--target", "cpu", "--shape", "n=1", "--dry-run"],
         ["compile", tiny, "--target", "nvidia-t4", "--backend", "tensorrt", "--shape", "n=1",
@@ -351,9 +351,10 @@ def test_every_key_of_the_manifest_is_checked(
     artifact: Path, tmp_path: Path, run_all: RunAll
 ) -> None:
     keys = list(json.loads((artifact / "manifest.json").read_text()))
-    lines: list[list[object]] = []
+    wrong: tuple[Any, ...] = (None, 7, "x", [], {})
+    lines: list[Sequence[object]] = []
     for key in keys:
-        for index, value in enumerate((None, 7, "x", [], {})):
+        for index, value in enumerate(wrong):
             copy = tmp_path / f"{key}{index}"
             shutil.copytree(artifact, copy)
             _edited(copy, lambda m, k=key, v=value: m.update({k: v}))  # type: ignore[misc]
@@ -394,7 +395,7 @@ def test_places_that_cannot_be_written(
     (tmp_path / "file").touch()
     (tmp_path / "folder.onnx").mkdir()
     compiled: list[object] = ["compile", tiny, "--target", "cpu", "--no-cache", "-o"]
-    lines: list[list[object]] = [
+    lines: list[Sequence[object]] = [
         [*compiled, tmp_path / "file"],
         [*compiled, tmp_path / "file" / "x"],
         [*compiled, tmp_path / ("n" * 300)],
@@ -421,7 +422,7 @@ def test_a_full_disk(tiny: Path, artifact: Path, tmp_path: Path, run_all: RunAll
         pytest.skip("a small file system can only be mounted by root")
     try:
         (full / "pad").write_bytes(bytes(8192))
-        lines: list[list[object]] = [
+        lines: list[Sequence[object]] = [
             ["compile", tiny, "--target", "cpu", "--no-cache", "-o", full / "a"],
             ["compile", tiny, "--target", "cpu", "-o", tmp_path / "a"],
             ["compile", tiny, "--target", "cpu", "-o", full / "cached"],
