@@ -63,13 +63,17 @@ def _check_tensors(model: ir.Model, path: Path) -> None:
     base = path.parent.resolve()
     for tensor in tensors(model):
         about = f"{path}: tensor {tensor.name!r}"
+        try:
+            dtype = tensor.dtype
+        except ValueError as error:
+            raise BadInput(str(error), about=about, remedy="export it again") from error
         count = 1
         for dim in tensor.shape:
             if not isinstance(dim, int) or dim < 0:
                 raise BadInput(f"dimension {dim} of a stored tensor", about=about)
             count *= dim
         if count > MAX_BYTES or (
-            tensor.dtype != ir.DataType.STRING and count * tensor.dtype.itemsize > MAX_BYTES
+            dtype != ir.DataType.STRING and count * dtype.itemsize > MAX_BYTES
         ):
             raise BadInput(f"claims {count} elements, which no file can hold", about=about)
         if isinstance(tensor, ir.ExternalTensor):

@@ -64,3 +64,15 @@ def test_padding_of_an_unknown_kind(tmp_path: Path) -> None:
     path.write_bytes(made.SerializeToString())
     with pytest.raises(BadInput, match="SAME_UPPEQ"):
         models.load(path)
+
+
+def test_a_dtype_that_does_not_exist(tmp_path: Path) -> None:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [2], [1, 2])
+    model = _model(weight)
+    weight.data_type = 99
+    path = tmp_path / "model.onnx"
+    path.write_bytes(_model(weight))
+    with pytest.raises(BadInput, match="99"):
+        models.load(path)
+    path.write_bytes(model)
+    models.load(path)
