@@ -11,15 +11,14 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import plugins
+from trivium.compiler import files, plugins
+from trivium.compiler import manifest as manifests
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.types import Program, TensorInfo
 
@@ -55,30 +54,31 @@ class Artifact:
             BadInput: Not an artifact, written by a newer Trivium, or damaged.
         """
         path = Path(path)
-        manifest_path = path / MANIFEST
-        if not manifest_path.is_file():
+        if not is_artifact(path):
             raise BadInput(
                 "not an artifact (it has no manifest.json)",
                 about=str(path),
                 remedy="make one with: trivium compile MODEL --target NAME -o OUT",
             )
-        try:
-            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-            schema = manifest["schema"]
-            files = manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(
-                "its manifest is damaged", about=str(path), remedy="compile it again"
-            ) from error
-        if schema != SCHEMA:
+        again = "compile it again"
+        document = files.read_json(path / MANIFEST, what="its manifest", remedy=again)
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema is not None and schema != SCHEMA:
             raise BadInput(
                 f"its schema is {schema}, this Trivium reads {SCHEMA}",
                 about=str(path),
-                remedy="compile it again",
+                remedy=again,
+            )
+        wrong = manifests.problem(document)
+        if schema is None or wrong is not None:
+            raise BadInput(
+                f"its manifest is damaged: {wrong or 'it has no schema'}",
+                about=str(path),
+                remedy=again,
             )
         if checked:
-            _check_files(path, files)
-        return cls(path, manifest)
+            _check_files(path, document["files"])
+        return cls(path, document)
 
     @property
     def backend(self) -> Backend:
@@ -104,20 +104,36 @@ class Artifact:
 
     def load(self) -> Executable:
         """Load it onto its target, or the nearest stand-in here; see ``Backend.load``."""
-        return self.backend.load(self)
+        try:
+            return self.backend.load(self)
+        except (LookupError, TypeError, ValueError, FileNotFoundError) as error:
+            # What a backend wrote of its own (``details``, side files) is for it alone to read.
+            raise BadInput(
+                f"{self.backend.name} cannot make sense of it ({type(error).__name__}: {error})",
+                about=str(self.path),
+                remedy="compile it again",
+            ) from error
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder claims to be an artifact."""
+    try:
+        return (path / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _tensor_info(table: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(table["name"], table["dtype"], tuple(table["shape"]))
 
 
-def _check_files(path: Path, files: Mapping[str, str]) -> None:
-    for name, expected in files.items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
-            raise BadInput(
-                f"the file {name} is missing", about=str(path), remedy="compile it again"
-            )
+def _check_files(path: Path, checksums: Mapping[str, str]) -> None:
+    for name, expected in checksums.items():
+        file = files.inside(path, name)
+        missing = f"the file {name} is missing"
+        if file is None:
+            raise BadInput(missing, about=str(path), remedy="compile it again")
+        files.require_file(file, absent=missing, remedy="compile it again")
         if file_hash(file) != expected:
             raise BadInput(
                 f"the file {name} does not match its checksum",
@@ -162,41 +178,21 @@ def staged(out: Path) -> Iterator[Path]:
         BadInput: ``out`` exists and is no artifact, or its parent cannot be written.
         BackendFailed: The disk is full.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        empty = out.is_dir() and not any(out.iterdir())
-        if not empty:
-            raise BadInput(
-                "exists and is not an artifact", about=str(out), remedy="give another -o OUT"
-            )
-    try:
+    with files.writing(out):
+        if out.exists() and not is_artifact(out):
+            empty = out.is_dir() and not any(out.iterdir())
+            if not empty:
+                raise BadInput(
+                    "exists and is not an artifact", about=str(out), remedy="give another -o OUT"
+                )
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise BadInput(f"cannot be written ({error.strerror})", about=str(out.parent)) from error
-    _stages.add(folder)
-    try:
-        yield folder
-        move_into_place(folder, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise BackendFailed(
-                "the disk is full",
-                about=str(out.parent),
-                remedy="free some space; nothing was left",
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _stages.discard(folder)
-
-
-_stages: set[Path] = set()
-
-
-def remove_stages() -> None:
-    """Remove what unfinished compiles of this process have written, before it is ended hard."""
-    for folder in list(_stages):
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        with files.writing(out):
+            folder = stack.enter_context(files.workspace(out.parent))
+        with files.disk_full(out):
+            yield folder
+        with files.writing(out):
+            move_into_place(folder, out)
 
 
 def move_into_place(folder: Path, out: Path) -> None:
@@ -210,11 +206,6 @@ def move_into_place(folder: Path, out: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         # Another compile may have finished meanwhile: the last one wins, none is torn.
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-        try:
+        with files.workspace(out.parent) as old, suppress(FileNotFoundError):
             os.rename(out, old)
-        except FileNotFoundError:
-            pass
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
     raise BackendFailed("other processes keep writing there", about=str(out))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
-from trivium.compiler.artifact import MANIFEST, Artifact, move_into_place, staged
+from trivium.compiler import files
+from trivium.compiler.artifact import Artifact, is_artifact, move_into_place, staged
 from trivium.compiler.errors import BadInput
 
 
@@ -29,7 +29,12 @@ def folder() -> Path:
 
 def limit() -> int:
     """Bytes that the cache may hold."""
-    return int(os.environ.get("TRIVIUM_CACHE_BYTES", 10 << 30))
+    text = os.environ.get("TRIVIUM_CACHE_BYTES", str(10 << 30))
+    if not text.isdecimal():
+        raise BadInput(
+            f"{text!r} is no number of bytes", about="TRIVIUM_CACHE_BYTES", remedy="set or unset it"
+        )
+    return int(text)
 
 
 @cache
@@ -60,7 +65,7 @@ def fetch(key: str, out: Path) -> Artifact | None:
     if kept is None:
         return None
     with staged(out) as stage:
-        shutil.copytree(kept.path, stage, dirs_exist_ok=True)
+        files.copy_tree(kept.path, stage)
     os.utime(kept.path)
     return Artifact.open(out, checked=False)
 
@@ -81,24 +86,27 @@ def store(key: str, artifact: Artifact) -> None:
         return
     try:
         home.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".", dir=home))
-        try:
-            shutil.copytree(artifact.path, stage, dirs_exist_ok=True)
+        with files.workspace(home) as stage:
+            files.copy_tree(artifact.path, stage)
             move_into_place(stage, home / key)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
         _evict(home)
-    except OSError:
+    except (OSError, BadInput):
         return
 
 
 def entries() -> list[tuple[Path, int]]:
     """Return the kept artifacts, oldest use first, each with its bytes."""
     home = folder()
-    if not home.is_dir():
+    if not files.is_folder(home):
         return []
-    found = [path for path in home.iterdir() if (path / MANIFEST).is_file()]
-    return [(path, _size(path)) for path in sorted(found, key=lambda p: p.stat().st_mtime)]
+    try:
+        found = [path for path in home.iterdir() if is_artifact(path)]
+        used = {path: path.stat().st_mtime for path in found}
+        return [(path, _size(path)) for path in sorted(found, key=used.__getitem__)]
+    except OSError as error:
+        raise BadInput(
+            f"cannot be read ({error.strerror})", about=str(home), remedy="set TRIVIUM_CACHE"
+        ) from error
 
 
 def clear() -> int:
@@ -107,6 +115,7 @@ def clear() -> int:
     for path, size in entries():
         shutil.rmtree(path, ignore_errors=True)
         freed += size
+    files.remove_abandoned(folder())
     return freed
 
 

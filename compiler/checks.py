@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import passing
+from trivium.compiler import files, passing
 from trivium.compiler.errors import BadInput, Unsupported
 
 if TYPE_CHECKING:
@@ -63,13 +63,17 @@ def _check_tensors(model: ir.Model, path: Path) -> None:
     base = path.parent.resolve()
     for tensor in tensors(model):
         about = f"{path}: tensor {tensor.name!r}"
+        try:
+            dtype = tensor.dtype
+        except ValueError as error:
+            raise BadInput(str(error), about=about, remedy="export it again") from error
         count = 1
         for dim in tensor.shape:
             if not isinstance(dim, int) or dim < 0:
                 raise BadInput(f"dimension {dim} of a stored tensor", about=about)
             count *= dim
         if count > MAX_BYTES or (
-            tensor.dtype != ir.DataType.STRING and count * tensor.dtype.itemsize > MAX_BYTES
+            dtype != ir.DataType.STRING and count * dtype.itemsize > MAX_BYTES
         ):
             raise BadInput(f"claims {count} elements, which no file can hold", about=about)
         if isinstance(tensor, ir.ExternalTensor):
@@ -79,27 +83,26 @@ def _check_tensors(model: ir.Model, path: Path) -> None:
 
 
 def _check_external(tensor: ir.ExternalTensor, base: Path, about: str) -> None:
-    location = Path(tensor.location)
-    resolved = (base / location).resolve()
-    if location.is_absolute() or not resolved.is_relative_to(base):
+    location = str(tensor.location)
+    resolved = files.inside(base, location)
+    if resolved is None:
         raise BadInput(
-            f"external data {str(location)!r} lies outside of the model's folder", about=about
-        )
-    if not resolved.is_file():
-        raise BadInput(
-            f"external data file {str(location)!r} is absent",
-            about=about,
-            remedy="put it beside the model",
+            f"external data {location[:200]!r} lies outside of the model's folder", about=about
         )
     offset, length = tensor.offset or 0, tensor.length
-    size = resolved.stat().st_size
+    size = files.require_file(
+        resolved,
+        absent=f"external data file {location!r} is absent",
+        remedy=f"put it beside {base.name}",
+    )
     if offset < 0 or (length is not None and length < 0):
         raise BadInput(f"external data at offset {offset}, length {length}", about=about)
     if length is not None and length < tensor.nbytes:
         raise BadInput(f"{length} bytes of external data for {tensor.nbytes}", about=about)
-    if offset + tensor.nbytes > size:
+    end = offset + (tensor.nbytes if length is None else length)
+    if end > size:
         raise BadInput(
-            f"external data ends at byte {offset + tensor.nbytes} of a file of {size}",
+            f"external data ends at byte {end} of a file of {size}",
             about=about,
             remedy="the file is truncated; copy it again",
         )
@@ -112,6 +115,30 @@ def _check_inline(tensor: ir.TensorProtoTensor, about: str) -> None:
             f"{len(proto.raw_data)} bytes of data where its shape needs {tensor.nbytes}",
             about=about,
         )
+    if proto.HasField("raw_data"):
+        return
+    # Otherwise the elements lie in the field of their kind, those below a byte packed.
+    name = _FIELDS.get(tensor.dtype.name, "int32_data")
+    have = len(getattr(proto, name))
+    need = tensor.size
+    if tensor.dtype.name in ("COMPLEX64", "COMPLEX128"):
+        need *= 2
+    elif name == "int32_data" and tensor.dtype.bitwidth < 8:
+        need = -(-need * tensor.dtype.bitwidth // 8)
+    if have != need:
+        raise BadInput(f"{have} entries of {name} where its shape needs {need}", about=about)
+
+
+_FIELDS = {
+    "FLOAT": "float_data",
+    "COMPLEX64": "float_data",
+    "DOUBLE": "double_data",
+    "COMPLEX128": "double_data",
+    "INT64": "int64_data",
+    "UINT32": "uint64_data",
+    "UINT64": "uint64_data",
+}
+"""Where a tensor's elements lie if they are not raw bytes; ``int32_data`` for all others."""
 
 
 def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -229,7 +256,13 @@ def _windows(node: ir.Node) -> str | None:
         given = passing.attribute(node, name)
         if given is not None and any(size < 1 for size in given):
             return f"its {name} {list(given)} must all be at least 1"
+    padding = passing.attribute(node, "auto_pad", "NOTSET")
+    if padding not in _AUTO_PADS:
+        return f"its auto_pad {padding!r} is none of {', '.join(_AUTO_PADS)}"
     return None
+
+
+_AUTO_PADS = ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
 
 
 @_rule("Reshape")

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb is None:
         parser.print_help()
         return 2
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # A scheduler's SIGTERM cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     watch = _watchdog(arguments.timeout)
@@ -59,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "trivium: out of memory; try a smaller --shape or a machine with more", file=sys.stderr
         )
         return 5
+    except OSError as error:
+        # A disk that is full under our own output, a file that vanished meanwhile.
+        if arguments.verbose:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"trivium: {where}{error.strerror or error}", file=sys.stderr)
+        return 5
     except Exception as error:
         if arguments.verbose:
             raise
@@ -75,12 +84,12 @@ def _watchdog(seconds: float) -> threading.Timer:
     def expire() -> None:
         message = f"trivium: gave up after {seconds:g} s; raise it with --timeout\n"
         os.write(2, message.encode())
-        from trivium.compiler.artifact import remove_stages
+        from trivium.compiler.files import remove_workspaces
 
-        remove_stages()
+        remove_workspaces()
         os._exit(5)
 
-    timer = threading.Timer(seconds, expire)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), expire)
     timer.daemon = True
     timer.start()
     return timer
@@ -115,8 +124,15 @@ def _verb(verbs: Verbs, name: str, where: str, help: str) -> argparse.ArgumentPa
 
 def _positive(text: str) -> float:
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
 
 
@@ -191,7 +207,7 @@ def _add_using(verbs: Verbs) -> None:
 
     verb = _verb(verbs, "bench", where, "time an artifact")
     _artifact(verb)
-    verb.add_argument("--runs", type=int, default=100, help="at most (default 100)")
+    verb.add_argument("--runs", type=_count, default=100, help="at most (default 100)")
     verb.add_argument("--seconds", type=_positive, default=5.0, help="at most (default 5)")
 
     verb = _verb(verbs, "eval", where, "measure quality on data")
@@ -202,7 +218,7 @@ def _add_using(verbs: Verbs) -> None:
     verb.add_argument(
         "--metric", choices=("accuracy", "perplexity", "cosine", "mse"), default="accuracy"
     )
-    verb.add_argument("--window", type=int, default=256, help="tokens, for perplexity")
+    verb.add_argument("--window", type=_count, default=256, help="tokens, for perplexity")
 
     verb = _verb(verbs, "inspect", where, "say what a model or an artifact is")
     verb.add_argument("path", metavar="MODEL|ARTIFACT")

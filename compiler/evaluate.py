@@ -7,14 +7,17 @@ ids as an ``.npy``, or as ``ids`` in an ``.npz``.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trivium.compiler import files
 from trivium.compiler import model as models
-from trivium.compiler.artifact import MANIFEST, Artifact
-from trivium.compiler.errors import BadInput
+from trivium.compiler.artifact import Artifact, is_artifact
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform, numpy_dtype
 from trivium.compiler.types import TensorInfo
 
@@ -64,38 +67,51 @@ def evaluate(
 
 
 def _runner(path: Path) -> tuple[Run, Sequence[TensorInfo]]:
-    if (path / MANIFEST).is_file():
+    if is_artifact(path):
         executable = Artifact.open(path).load()
         return executable.run, executable.inputs
-    import onnxruntime as ort
-
     model = models.load(path)
     inputs, outputs = models.signature(model)
     names = [info.name for info in outputs]
-    if path.is_dir():
-        import tempfile
+    with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
+        if files.is_folder(path):
+            path = models.save(model, Path(folder) / "model.onnx")[0]
+        session = _session(path)
 
-        folder = tempfile.TemporaryDirectory(prefix="trivium-")
-        file = Path(folder.name) / "model.onnx"
-        models.save(model, file)
-        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-        folder.cleanup()
-    else:
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)), inputs
+    def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        except Exception as error:  # onnxruntime raises a dozen kinds without a common base
+            raise BackendFailed(one_line(error), about="onnxruntime") from error
+
+    return run, inputs
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise BackendFailed(
+            one_line(error),
+            about="onnxruntime",
+            remedy="compile the model, which repairs more, and evaluate the artifact",
+        ) from error
 
 
 def _load(path: Path) -> dict[str, Any]:
     import numpy as np
 
+    files.require_file(path)
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"ids": loaded}
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise BadInput("no such file", about=str(path)) from error
     except Exception as error:  # numpy, zipfile and zlib raise their own kinds
         raise BadInput("not a readable .npz or .npy file", about=str(path)) from error
 
@@ -116,6 +132,9 @@ def _read_labelled(path: Path, inputs: Sequence[TensorInfo]) -> tuple[dict[str, 
             about=str(path),
             remedy=f"it holds: {', '.join(arrays)}",
         )
+    flat = [name for name, array in (*feeds.items(), ("y", arrays["y"])) if array.ndim == 0]
+    if flat:
+        raise BadInput(f"the array {flat[0]!r} has no axis of samples", about=str(path))
     counts = {name: len(array) for name, array in feeds.items()} | {"y": len(arrays["y"])}
     if len(set(counts.values())) != 1:
         raise BadInput(f"arrays of different lengths: {counts}", about=str(path))

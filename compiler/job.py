@@ -16,7 +16,7 @@ from trivium.compiler import cache, reference, samples, shapes
 from trivium.compiler import model as models
 from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
-from trivium.compiler.errors import BackendFailed
+from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.prepare import Progress, choose_backend, silent
 from trivium.compiler.recipe import Context, Recipe
 from trivium.compiler.types import Target, Workload
@@ -120,6 +120,8 @@ def resolve(
 ) -> Job:
     """Find, load and check everything that a compile is asked for; see `build.compile`."""
     path = Path(source)
+    if max_error is not None and not 0 <= max_error < float("inf"):
+        raise BadInput(f"{max_error} is no error", about="--max-error", remedy="give 0.01, say")
     found = target_names.find(target) if isinstance(target, str) else target
     chosen = choose_backend(found, backend)
     steps = recipes.read(recipe) if isinstance(recipe, str) else recipe

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import plugins
+from trivium.compiler import files, plugins
 from trivium.compiler.checks import check, tensors
-from trivium.compiler.errors import BackendFailed, BadInput, Unsupported
+from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.repair import repair
 from trivium.compiler.types import TensorInfo
 
@@ -31,6 +30,8 @@ OPSET = 24
 
 _CHUNK = 8 << 20
 _ALIGN = 4096
+_PROTOBUF_LIMIT = 2 << 30
+"""Bytes that no protobuf message reaches; reading a larger file would only fill the memory."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -41,7 +42,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         Unsupported: The architecture of a checkpoint, or an operator, is unknown.
     """
     path = Path(path)
-    if path.is_dir():
+    if files.is_folder(path):
         return _load_checkpoint(path)
     _require_readable(path)
     proto = _read_proto(path)
@@ -102,19 +103,20 @@ def notes_of(model: ir.Model) -> tuple[str, ...]:
 
 
 def _require_readable(path: Path) -> None:
-    if not path.exists():
-        raise BadInput(
-            "no such model", about=str(path), remedy="give an .onnx file or a checkpoint folder"
-        )
-    if not os.access(path, os.R_OK):
-        raise BadInput("cannot be read (permission denied)", about=str(path))
-    if path.stat().st_size == 0:
+    size = files.require_file(
+        path, absent="no such model", remedy="give an .onnx file or a checkpoint folder"
+    )
+    if size == 0:
         raise BadInput("the file is empty", about=str(path), remedy="export it again")
+    if size >= _PROTOBUF_LIMIT:
+        raise BadInput(
+            f"{size} bytes, where an .onnx file holds less than {_PROTOBUF_LIMIT}",
+            about=str(path),
+            remedy="export it with its weights as external data",
+        )
 
 
 def _load_checkpoint(folder: Path) -> ir.Model:
-    import json
-
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise BadInput(
@@ -122,13 +124,10 @@ def _load_checkpoint(folder: Path) -> ir.Model:
             about=str(folder),
             remedy="give an .onnx file, or a folder with config.json and *.safetensors",
         )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        model_type = str(config["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"config.json is unreadable or names no model_type ({error})", about=str(folder)
-        ) from error
+    config = files.read_json(config_path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise BadInput("names no model_type", about=str(config_path))
+    model_type = config["model_type"]
     builders = plugins.names("trivium.models")
     if model_type not in builders:
         raise Unsupported(
@@ -291,19 +290,10 @@ def save_whole(model: ir.Model, path: Path) -> list[Path]:
 
     Raises:
         BackendFailed: The disk is full.
+        BadInput: It cannot be written there.
     """
-    staging = path.with_name(f".{path.name}.partial")
-    try:
-        staging.mkdir()
-        written = save(model, staging / path.name)
-        for file in reversed(written):
-            os.replace(file, path.with_name(file.name))
-    except OSError as error:
-        raise BackendFailed(
-            f"cannot be written ({error.strerror})", about=str(path), remedy="nothing was left"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with files.replacing(path) as folder:
+        written = save(model, folder / path.name)
     return [path.with_name(file.name) for file in written]
 
 

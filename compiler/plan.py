@@ -253,6 +253,7 @@ def parse_bytes(text: str, *, flag: str = "--max-memory") -> float:
 
 def _parse(text: str, units: dict[str, float], flag: str, example: str) -> float:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*([^\W\d]*)", text.strip())
-    if match is None or match[2] not in units or float(match[1]) <= 0:
+    number = float(match[1]) * units[match[2]] if match and match[2] in units else 0.0
+    if not 0 < number < float("inf"):
         raise BadInput("not a positive quantity", about=f"{flag} {text}", remedy=f"write {example}")
-    return float(match[1]) * units[match[2]]
+    return number

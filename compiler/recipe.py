@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import plugins
+from trivium.compiler import files, plugins
 from trivium.compiler.errors import BackendFailed, BadInput, blaming
 from trivium.compiler.types import Preserves, Target, Workload
 
@@ -93,6 +93,7 @@ def read(name_or_path: str) -> Recipe:
     """
     path = Path(name_or_path)
     if path.suffix == ".toml":
+        files.require_file(path, remedy="check the path")
         try:
             return parse(path.read_text(encoding="utf-8"), about=str(path))
         except OSError as error:
@@ -112,7 +113,7 @@ def parse(text: str, *, about: str = "recipe") -> Recipe:
     """Parse a recipe from TOML and check every pass and option in it."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(f"not TOML: {error}", about=about) from error
     unknown = set(document) - {"name", "description", "pass", "lock"}
     if unknown:

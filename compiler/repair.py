@@ -7,12 +7,14 @@ word. What cannot be set right without guessing is refused here, with the node i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trivium.compiler.errors import BadInput
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.descriptor import FieldDescriptor
+    from google.protobuf.message import Message
 
 _SHOWN = 4
 
@@ -24,6 +26,7 @@ def repair(proto: onnx.ModelProto, about: str) -> list[str]:
         BadInput: A cycle, a value that nothing defines, one that two computations define, or an
             attribute without a value.
     """
+    _require_text(proto, about)
     notes: list[str] = []
     if not proto.graph.name:
         proto.graph.name = "main"
@@ -59,6 +62,35 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def _require_text(message: Message, about: str) -> None:
+    """Names have to be text: protobuf hands out as bytes what is not UTF-8."""
+    from google.protobuf.message import Message
+
+    for field, value in _fields(message):
+        values = (value,) if isinstance(value, (str, bytes, Message)) else value
+        if field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                _require_text(inner, about)
+        elif field.type == field.TYPE_STRING:
+            guilty = next((one for one in values if isinstance(one, bytes)), None)
+            if guilty is not None:
+                raise BadInput(
+                    f"the {field.name} {guilty[:40]!r} is not UTF-8",
+                    about=about,
+                    remedy="the file is damaged; export it again",
+                )
+
+
+def _fields(message: Message) -> Iterator[tuple[FieldDescriptor, Any]]:
+    """The fields of a message that are set, a tensor's data left out: it would be copied."""
+    if message.DESCRIPTOR.name != "TensorProto":
+        yield from message.ListFields()
+        return
+    for name in ("name", "doc_string", "external_data"):
+        field = message.DESCRIPTOR.fields_by_name[name]
+        yield field, getattr(message, name)
 
 
 def _require_attributes(nodes: Iterable[onnx.NodeProto], about: str) -> None:

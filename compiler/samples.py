@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trivium.compiler import files
 from trivium.compiler.errors import BadInput
 from trivium.compiler.types import TensorInfo, Workload
 
@@ -41,11 +42,10 @@ def read_npz(path: str | os.PathLike[str], inputs: Sequence[TensorInfo]) -> list
     import numpy as np
 
     path = Path(path)
+    files.require_file(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise BadInput("no such file", about=str(path)) from error
     except (ValueError, OSError, EOFError, KeyError) as error:
         raise BadInput("not a readable .npz file", about=str(path)) from error
     except Exception as error:  # zipfile and zlib raise their own kinds for damaged archives
@@ -93,6 +93,32 @@ def _feeds(
     return feeds
 
 
+def conform_feeds(
+    feeds: Mapping[str, Any], inputs: Sequence[TensorInfo], *, about: str = "run"
+) -> dict[str, Any]:
+    """Return what every executable runs on: an array for each input, in its dtype and shape.
+
+    Arrays that no input is called after are left out.
+
+    Raises:
+        BadInput: One is missing or does not fit; the message names it.
+    """
+    if not isinstance(feeds, Mapping):
+        raise BadInput(
+            f"a {type(feeds).__name__} of feeds",
+            about=about,
+            remedy="give a dict of arrays by name",
+        )
+    for info in inputs:
+        if info.name not in feeds:
+            raise BadInput(
+                f"the input {info.name!r} is missing",
+                about=about,
+                remedy=f"given: {', '.join(map(str, feeds)) or 'nothing'}",
+            )
+    return {info.name: conform(feeds[info.name], info, about=about) for info in inputs}
+
+
 def conform(array: Any, info: TensorInfo, *, about: str, batched: bool = False) -> Any:
     """Return ``array`` in the dtype of an input, or raise ``BadInput`` naming what differs.
 
@@ -101,7 +127,10 @@ def conform(array: Any, info: TensorInfo, *, about: str, batched: bool = False) 
     """
     import numpy as np
 
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise BadInput(f"{info.name!r} is no array ({error})", about=about) from error
     wanted = numpy_dtype(info.dtype)
     if array.dtype != wanted:
         if not (_castable(array, wanted)):

@@ -16,7 +16,8 @@ from trivium.compiler.types import TensorInfo, Workload
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FORM = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|\d+(,\d+)+)")
+_FORM = re.compile(r"(?P<name>.+)=(?P<dims>[0-9]+(x[0-9]+)*|[0-9]+(,[0-9]+)+)")
+_MOST_DIGITS = 10
 
 
 def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
@@ -38,7 +39,13 @@ def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
                 "not of the form NAME=1x128, DIM=128 or DIM=16,64", about=f"--shape {item}"
             )
         name = match["name"]
-        sizes = tuple(int(size) for size in re.split("[x,]", match["dims"]))
+        # As text first: there are numbers too long for int() to read.
+        digits = re.split("[x,]", match["dims"])
+        if any(len(size) > _MOST_DIGITS for size in digits):
+            raise BadInput(
+                f"a dimension has at most {_MOST_DIGITS} digits", about=f"--shape {item[:80]}"
+            )
+        sizes = tuple(int(size) for size in digits)
         if any(size < 1 for size in sizes):
             raise BadInput("a dimension must be at least 1", about=f"--shape {item}")
         if "," in match["dims"] and name in symbols:

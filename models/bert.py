@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from trivium.compiler import files
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.models.builder import ACTIVATIONS, Builder
 from trivium.models.checkpoint import Checkpoint, Config, read_json
@@ -200,16 +201,14 @@ class Pooling:
 
 def _pooling(folder: Path) -> Pooling | None:
     """Read the modules of a sentence-transformers folder, or return None for a plain one."""
-    import json
-
     path = folder / "modules.json"
     if not path.is_file():
         return None
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = files.read_json(path)
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
         places = [str(module["path"]) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise BadInput(f"not a list of modules ({error})", about=str(path)) from error
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise Unsupported(

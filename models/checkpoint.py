@@ -7,13 +7,13 @@ one asked for may change what the model computes: `Config.finish` refuses it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx_ir as ir
 
+from trivium.compiler import files
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.models import safetensors
 
@@ -206,12 +206,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: The file is unreadable or holds something else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot be read ({error.strerror})", about=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"not JSON ({error})", about=str(path)) from error
+    document = files.read_json(path)
     if not isinstance(document, dict):
         raise BadInput("not a JSON object", about=str(path))
     return document

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import onnx_ir as ir
 
+from trivium.compiler import files
 from trivium.compiler.errors import BadInput
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 
 def _read_shards(folder: Path) -> dict[str, Entry]:
     index = folder / INDEX
+    files.require_file(index)
     weight_map = _json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput("holds no weight_map", about=str(index), remedy="download it again")
@@ -108,6 +110,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         BadInput: Truncated, not safetensors, or a header that contradicts itself.
     """
+    files.require_file(path)
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -21,7 +21,7 @@ from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.passing import Pass
-from trivium.compiler.samples import conform
+from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import (
     Built,
     Estimate,
@@ -145,7 +145,8 @@ class FpgaBackend:
             memory={"weights_bytes": weights, "peak_bytes": weights, "per_device_bytes": weights},
             details=details,
             notes=(
-                "the C++ kernel is simulated with g++; no Vitis tool, synthesis or board was run",
+                "no Vitis tool, synthesis or board was run: what the verification compares is the "
+                "C++ kernel, simulated with g++",
                 *estimate.notes,
             ),
         )
@@ -219,11 +220,7 @@ class SimulatedKernel:
         simulate.check_golden(self._program, artifact.path)
 
     def run(self, feeds: Tensors) -> dict[str, Array]:
-        ready = {}
-        for info in self.inputs:
-            if info.name not in feeds:
-                raise BadInput(f"the input {info.name!r} is missing", about="run")
-            ready[info.name] = conform(feeds[info.name], info, about="run")
+        ready = conform_feeds(feeds, self.inputs)
         streams = [host_ops.prepare(port, ready[port["name"]]) for port in self._ports["inputs"]]
         shapes = [port["image"] for port in self._ports["outputs"]]
         sizes = [height * width * channels for height, width, channels in shapes]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.errors import BackendFailed
 from trivium.compiler.onnx_api import one_line
-from trivium.compiler.samples import conform
+from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
@@ -86,11 +86,7 @@ class OnnxRuntimeExecutable:
         self.where = f"ONNX Runtime {artifact.backend.toolchain()['onnxruntime']} on this CPU"
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
-        ready = {}
-        for info in self.inputs:
-            if info.name not in feeds:
-                raise BadInput(f"the input {info.name!r} is missing", about="run")
-            ready[info.name] = conform(feeds[info.name], info, about="run")
+        ready = conform_feeds(feeds, self.inputs)
         try:
             results = self._session.run(self._outputs, ready)
         except Exception as error:  # as above

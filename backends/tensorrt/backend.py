@@ -23,8 +23,8 @@ from trivium.compiler import model as models
 from trivium.compiler import reference, verify
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing
-from trivium.compiler.samples import conform
+from trivium.compiler.errors import BackendFailed, ToolchainMissing
+from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
@@ -234,11 +234,7 @@ class TensorRTExecutable:
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
 
-        ready = {}
-        for info in self.inputs:
-            if info.name not in feeds:
-                raise BadInput(f"the input {info.name!r} is missing", about="run")
-            ready[info.name] = conform(feeds[info.name], info, about="run")
+        ready = conform_feeds(feeds, self.inputs)
         with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
             source, result = Path(folder) / "x.npz", Path(folder) / "y.npz"
             np.savez(source, **ready)

@@ -18,7 +18,7 @@ from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing
 from trivium.compiler.onnx_api import one_line
-from trivium.compiler.samples import conform
+from trivium.compiler.samples import conform_feeds
 from trivium.compiler.shapes import require_static
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -72,6 +72,7 @@ class TvmBackend:
             )
         if on_gpu:
             cuda.find_nvcc()
+        _require_linker()
         imported = to_relax(model)
         index = weights.write(model, imported.weights, request.folder)
         library = STAND_IN if on_gpu else LIBRARY
@@ -99,6 +100,18 @@ class TvmBackend:
         if unavailable is not None:
             raise ToolchainMissing(unavailable, about="backend tvm")
         return TvmExecutable(artifact)
+
+
+def _require_linker() -> None:
+    """Raise ``ToolchainMissing`` where TVM finds no compiler to link a library with."""
+    from tvm.support.cc import get_cc
+
+    if get_cc() is None:
+        raise ToolchainMissing(
+            "no C++ compiler is on this machine, and TVM links with one",
+            about="backend tvm",
+            remedy="install one with: apt install g++",
+        )
 
 
 def _host() -> Any:
@@ -204,11 +217,8 @@ class TvmExecutable:
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import tvm
 
-        arguments = []
-        for info in self.inputs:
-            if info.name not in feeds:
-                raise BadInput(f"the input {info.name!r} is missing", about="run")
-            arguments.append(tvm.runtime.tensor(conform(feeds[info.name], info, about="run")))
+        ready = conform_feeds(feeds, self.inputs)
+        arguments = [tvm.runtime.tensor(array) for array in ready.values()]
         try:
             results = self._machine["main"](*arguments, *self._weights)
         except Exception as error:  # as above

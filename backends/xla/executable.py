@@ -15,7 +15,7 @@ from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
 from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing
 from trivium.compiler.onnx_api import one_line
-from trivium.compiler.samples import conform
+from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Program, TensorInfo
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class XlaExecutable:
         from trivium.backends.xla.lowering import precise
 
         inputs, program = self._program_for(feeds)
-        ready = {info.name: conform(feeds[info.name], info, about="run") for info in inputs}
+        ready = conform_feeds(feeds, inputs)
         try:
             with precise():
                 results = program(self._weights, ready)
@@ -104,11 +104,9 @@ class XlaExecutable:
         """The program that takes feeds of these shapes; the only one, if there is but one."""
         import numpy as np
 
-        missing = next((info.name for info in self.inputs if info.name not in feeds), None)
-        if missing is not None:
-            raise BadInput(f"the input {missing!r} is missing", about="run")
         if len(self._programs) == 1:
             return self._programs[0]
+        feeds = conform_feeds(feeds, self.inputs)
         for inputs, program in self._programs:
             if all(np.shape(feeds[info.name]) == info.shape for info in inputs):
                 return inputs, program

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from trivium.compiler import compare as comparing
+from trivium.compiler import files, report
 from trivium.compiler import plan as planning
-from trivium.compiler import report
 from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput
 
@@ -43,14 +42,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise BadInput(f"cannot be written ({error.strerror})", about=str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")
 
 
 def plan(arguments: argparse.Namespace) -> int:

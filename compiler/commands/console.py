@@ -19,8 +19,10 @@ _QUIET_S = 1.0
 
 def print_json(document: Any) -> None:
     """Print one JSON document; NaN and infinity have no place in it."""
-    json.dump(document, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    # Whole before any of it is written: half a document is worse than none.
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def warn(text: str) -> None:

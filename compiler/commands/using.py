@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler import evaluate, model, samples
+from trivium.compiler import evaluate, files, model, samples
 from trivium.compiler import verify as verification
-from trivium.compiler.artifact import MANIFEST, Artifact
+from trivium.compiler.artifact import Artifact, is_artifact
 from trivium.compiler.commands import console
-from trivium.compiler.errors import AccuracyFailed, BadInput, ToolchainMissing
+from trivium.compiler.errors import AccuracyFailed, ToolchainMissing
 from trivium.compiler.timing import time_calls
 
 
@@ -46,19 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    import os
-
     import numpy as np
 
-    # Through a temporary name, so that a full disk leaves no torn file under the one asked for.
-    partial = path.with_name(f".{path.name}.partial.npz")
-    try:
-        np.savez(partial, **arrays)
-        os.replace(partial, path)
-    except OSError as error:
-        raise BadInput(f"cannot be written ({error.strerror})", about=str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as folder, (folder / path.name).open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -111,7 +102,7 @@ def eval(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     """Say what a model or an artifact is."""
     path = Path(arguments.path)
-    if (path / MANIFEST).is_file():
+    if is_artifact(path):
         manifest = dict(Artifact.open(path).manifest)
         if arguments.json:
             console.print_json(manifest)

@@ -9,7 +9,12 @@ Everything here is imported on first use, so that importing the package costs no
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime otherwise reports to its maker, and leaves an identifier in the user's cache folder
+# and a file in the temporary one. It looks at this once, when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
