@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "remove-identities": "trivium.passes.remove_identities:RemoveIdentities",
     "remove-no-ops": "trivium.passes.remove_no_ops:RemoveNoOps",
     "simplify": "trivium.passes.simplify:Simplify",
+    "shard": "trivium.passes.shard:Shard",
     "share-duplicates": "trivium.passes.share_duplicates:ShareDuplicates",
     "convert-float": "trivium.passes.convert_float:ConvertFloat",
     "prune-magnitude": "trivium.passes.prune_magnitude:PruneMagnitude",
