@@ -26,9 +26,9 @@ def test_the_batch_is_spread_exactly_when_it_divides(batch: int, devices: int) -
         assert f"a batch of {batch} does not divide by {devices}" in split.note
     else:
         assert split.kind == "batch"
-        assert split.inputs["t0"] == 0
+        assert split.inputs["t0"] == [["batch"]]
         assert "t1" not in split.inputs
-        assert split.outputs["t0"] == 0
+        assert split.outputs["t0"] == [["batch"]]
         assert f"{batch // devices} of the batch of {batch}" in split.note
     assert Partition.from_json(split.to_json()) == split
 
