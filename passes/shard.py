@@ -160,7 +160,9 @@ def _candidates(graph: ir.Graph) -> Iterator[Axis]:
             columns = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
             if stored(weight):
                 yield weight, columns
-                yield weight, 1 - columns
+                # An input comes whole; to cut it would only make an all-reduce of the product.
+                if node.inputs[0] is not None and not node.inputs[0].is_graph_input():
+                    yield weight, 1 - columns
 
 
 def _is_vocabulary(node: ir.Node) -> bool:

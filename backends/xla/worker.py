@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     except TriviumError as error:
         result = {"error": _error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(_translated(error, job["target"]))}
+        result = {"error": _error_json(translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
@@ -96,7 +96,7 @@ def _error_json(error: TriviumError) -> Json:
     }
 
 
-def _translated(error: Exception, target: str) -> TriviumError:
+def translated(error: Exception, target: str) -> TriviumError:
     """The error of ours that says what one of jax's does, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
@@ -193,7 +193,7 @@ def build_program(
 
     text = compiled.as_text()
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
-    memory = _memory(compiled)
+    memory = memory_of(compiled)
     fits(memory)
     return {
         "inputs": [asdict(info) for info in lowered.inputs],
@@ -331,7 +331,7 @@ def _machine_code(compiled: Any, folder: Path) -> Json:
     }
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def memory_of(compiled: Any) -> dict[str, int]:
     """The compiler's own account of one device's memory, in bytes; the parts add up to all of it.
 
     What outputs share with donated arguments is counted in both, and so negative once.
