@@ -18,7 +18,8 @@ from trivium.compiler.passing import declining
 from trivium.passes.shard import Shard, plan
 from trivium.passes.sharding.axes import Axes
 from trivium.passes.sharding.mesh import Mesh, parse
-from trivium.passes.sharding.rules import apply, factors
+from trivium.passes.sharding.movement import factors
+from trivium.passes.sharding.rules import apply
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
