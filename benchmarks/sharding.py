@@ -204,7 +204,8 @@ def page(given: argparse.Namespace, rows: Sequence[Sequence[str]]) -> str:
         "feed-forward and vocabulary; one all-reduce for each half of a layer and one for the "
         "embedding is what Megatron-LM's scheme asks for "
         f"(2 x {given.layers} + 1 = {2 * given.layers + 1}). `dp=N` splits the batch: no "
-        "collective, and weights that are not smaller.",
+        "collective, and weights that are not smaller. *compile s* is tracing and compiling by "
+        "the wall clock, on a machine that had other work.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

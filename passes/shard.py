@@ -49,15 +49,16 @@ class Shard(Pass):
         if not self.mesh:
             return False
         mesh = meshes.parse(self.mesh)
-        split, reduced = plan(model.graph, mesh)
-        return _annotate(model, mesh, split, reduced)
+        split, whole = plan(model.graph, mesh)
+        return _annotate(model, mesh, split, whole)
 
 
 def plan(graph: ir.Graph, mesh: Mesh) -> tuple[Split, set[ir.Value]]:
     """Decide how every value of a graph is split.
 
     Returns:
-        The split values; and those that are sums over a split axis, to be made whole at once.
+        The split values; and those that are whole along ``tp`` by intent, such as sums over a
+        split axis.
 
     Raises:
         BadInput: The batch, heads or widths do not divide by the mesh.
@@ -94,7 +95,7 @@ def _plan(graph: ir.Graph, mesh: Mesh) -> tuple[Split, set[ir.Value]]:
     axes = Axes(mesh.tensor)
     not_understood = {node: reason for node in graph if (reason := apply(axes, node)) is not None}
     split: Split = {}
-    reduced: set[ir.Value] = set()
+    whole = set(axes.whole)
     batch = _batch(graph, axes) if mesh.data > 1 else None
     if batch is not None:
         _split_batch(axes, batch, mesh, split)
@@ -102,9 +103,9 @@ def _plan(graph: ir.Graph, mesh: Mesh) -> tuple[Split, set[ir.Value]]:
     if mesh.tensor > 1:
         for axis in _candidates(graph):
             if batch is None or axes.root(axis) != axes.root(batch):
-                _split_weights(axes, axis, mesh, split, reduced)
+                _split_weights(axes, axis, mesh, split, whole)
         _note_whole_weights(graph, axes, split)
-    return split, reduced
+    return split, whole
 
 
 def _batch(graph: ir.Graph, axes: Axes) -> Axis | None:
@@ -187,9 +188,7 @@ def stored(value: ir.Value) -> bool:
     return is_constant(value)
 
 
-def _split_weights(
-    axes: Axes, axis: Axis, mesh: Mesh, split: Split, reduced: set[ir.Value]
-) -> None:
+def _split_weights(axes: Axes, axis: Axis, mesh: Mesh, split: Split, whole: set[ir.Value]) -> None:
     """Split the class of a weight's axis, unless something needs it whole or is split already."""
     if axes.blocked(axis) is not None:
         return
@@ -209,7 +208,7 @@ def _split_weights(
         return
     for value, number in members:
         split.setdefault(value, {})[number] = TENSOR
-    reduced.update(results)
+    whole.update(results)
 
 
 def _note_whole_weights(graph: ir.Graph, axes: Axes, split: Split) -> None:
@@ -230,7 +229,7 @@ def _list(numbers: list[int], most: int = 12) -> str:
     return shown if len(numbers) <= most else f"{shown}, ..."
 
 
-def _annotate(model: ir.Model, mesh: Mesh, split: Split, reduced: set[ir.Value]) -> bool:
+def _annotate(model: ir.Model, mesh: Mesh, split: Split, whole: set[ir.Value]) -> bool:
     """Write the plan down; return whether the model did not say so already."""
     name = str(mesh)
     known = next((one for one in model.device_configurations if one.name == name), None)
@@ -245,7 +244,7 @@ def _annotate(model: ir.Model, mesh: Mesh, split: Split, reduced: set[ir.Value])
         value: meshes.spec(mesh, value, split.get(value, {}))
         for node in model.graph
         for value in values_of(node)
-        if value.name and (value in split or value in reduced)
+        if value.name and (value in split or value in whole)
     }
     modified = known is None
     for node in model.graph:

@@ -71,6 +71,7 @@ def _attention(axes: Axes, node: ir.Node) -> None:
     if heads is not None and groups is not None and groups < tensor and not tensor % groups:
         for axis in sides:
             axes.block(axis, f"{groups} key/value heads are fewer than the {tensor} devices")
+        axes.whole += [one for one, _ in sides]
     else:
         axes.tie((query, heads_axis), *sides)
         if groups is not None:

@@ -32,10 +32,13 @@ class Axes:
     Attributes:
         tensor: How many devices the weights are to be split over; whether the key/value heads of
             an Attention split along with its query heads depends on it.
+        whole: Values that every device has to compute for itself: left open, the compiler may
+            have some devices compute each part of them and then gather it.
     """
 
     def __init__(self, tensor: int) -> None:
         self.tensor = tensor
+        self.whole: list[ir.Value] = []
         self._parent: dict[Axis, Axis] = {}
         self._members: dict[Axis, list[Axis]] = {}
         self._blocked: dict[Axis, Blocked] = {}

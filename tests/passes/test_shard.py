@@ -15,6 +15,7 @@ from tests.passes.helpers import declined, model
 from tests.property import graphs
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import declining
+from trivium.passes.insert_kv_cache import InsertKVCache
 from trivium.passes.shard import Shard, plan
 from trivium.passes.sharding.axes import Axes
 from trivium.passes.sharding.mesh import Mesh, parse
@@ -143,6 +144,17 @@ def test_a_tied_vocabulary_splits_once(tmp_path: Path) -> None:
     split, _ = plan(made.graph, Mesh(1, 4))
     assert split[made.graph.initializers["model.embed_tokens.weight"]] == {0: "tp"}
     assert split[made.graph.outputs[0]] == {2: "tp"}
+
+
+@pytest.mark.parametrize("form", ["growing", "static"])
+def test_caches_split_with_their_heads(form: str, tmp_path: Path) -> None:
+    made = llama(tmp_path)
+    assert InsertKVCache(form)(made).modified
+    split, reduced = plan(made.graph, Mesh(2, 4))
+    caches = [v for v in (*made.graph.inputs, *made.graph.outputs) if "_key" in (v.name or "")]
+    assert len(caches) == 4
+    assert all(split[value] == {0: "dp", 1: "tp"} for value in caches)
+    assert len(reduced) == 5
 
 
 def test_columns_and_rows_alternate_in_a_chain() -> None:

@@ -26,6 +26,7 @@ from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.recipe import Recipe, Step
 from trivium.compiler.targets import find
 from trivium.compiler.types import Target
+from trivium.passes.insert_kv_cache import InsertKVCache
 from trivium.passes.shard import Shard
 from trivium.passes.sharding import mesh as meshes
 from trivium.passes.sharding.mesh import Mesh
@@ -140,6 +141,38 @@ def test_a_split_model_computes_the_same(
     (want,) = reference.run_model(made, [feeds]).outputs
     have = on_devices(artifact, feeds, 8, tmp_path)
     assert have.keys() == want.keys()
+    for name, expected in want.items():
+        np.testing.assert_allclose(have[name], expected, rtol=1e-4, atol=3e-5)
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp=2,tp=4", "tp=8"])
+def test_a_cache_stays_where_it_is_from_step_to_step(mesh: str, tmp_path: Path) -> None:
+    """Split with its heads, or whole where there are fewer of them than devices."""
+    made = random_model(LLAMA, tmp_path)
+    assert InsertKVCache("static")(made).modified
+    ir.save(made, tmp_path / "model.onnx")
+    sizes = ("batch=4", "seq=2", "capacity=16")
+    artifact = compiled(tmp_path / "model.onnx", EIGHT, mesh, tmp_path, *sizes)
+    split = program(artifact)["partition"]
+    assert split["inputs"]["past_key.1"] == split["outputs"]["present_key.1"]
+    assert bool(split["inputs"]["past_key.1"]) == (mesh != "tp=8")
+    # Nothing but the sums of Megatron's scheme: no cache travels.
+    assert program(artifact)["collectives"].keys() == {"all-reduce"}
+    assert program(artifact)["collectives"]["all-reduce"]["count"] == 5
+    rng = np.random.default_rng(4)
+    feeds: dict[str, Any] = {
+        value.name or "": rng.standard_normal((4, 4, 16, 8)).astype(np.float32)
+        for value in made.graph.inputs
+        if "past" in (value.name or "")
+    }
+    mask = np.zeros((4, 16), np.int64)
+    mask[:, :9] = 1
+    feeds |= {"input_ids": rng.integers(0, 96, (4, 2)), "attention_mask": mask,
+              "cache_position": np.array([7])}  # fmt: skip
+    (want,) = reference.run_model(made, [feeds]).outputs
+    have = on_devices(artifact, feeds, 8, tmp_path)
     for name, expected in want.items():
         np.testing.assert_allclose(have[name], expected, rtol=1e-4, atol=3e-5)
 
