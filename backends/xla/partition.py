@@ -10,7 +10,7 @@ it was compiled.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +127,16 @@ def annotated(layout: Layout, graph: ir.Graph, weights: Mapping[str, ir.Value]) 
         {name: layout.specs.get(value, []) for name, value in weights.items()},
         f"spread over {prod(layout.mesh.values())} devices as the model says: {layout.name}",
     )
+
+
+def noting_annotations(partition: Partition, model: ir.Model) -> Partition:
+    """Say that a model's annotations are not what a partition was made from, if it has some."""
+    names = ", ".join(one.name for one in model.device_configurations)
+    if not names:
+        return partition
+    why = "one device computes all of it" if partition.devices == 1 else "as asked"
+    note = f"the model's annotations for {names} are not used ({why})"
+    return replace(partition, note=f"{partition.note}; {note}" if partition.note else note)
 
 
 def _along(infos: Sequence[TensorInfo], batch: int | str | None) -> dict[str, Spec]:

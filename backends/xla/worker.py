@@ -179,6 +179,7 @@ def build_program(
     layout = sharding.read(model, len(devices)) if wish is None else None
     if layout is None:
         split = partition.choose(lowered.inputs, outputs, len(devices), wish)
+        split = partition.noting_annotations(split, model)
     else:
         split = partition.annotated(layout, model.graph, lowered.places)
     fits = partial(_require_fit, capacity=_capacity(job, len(devices)), target=job["target"])
