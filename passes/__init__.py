@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "prune-magnitude": "trivium.passes.prune_magnitude:PruneMagnitude",
     "prune-n-m": "trivium.passes.prune_n_m:PruneNM",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",
+    "split-projections": "trivium.passes.split_projections:SplitProjections",
     "trace-dims": "trivium.passes.trace_dims:TraceDims",
     "unflatten-softmax": "trivium.passes.unflatten_softmax:UnflattenSoftmax",
     "quantize-weights": "trivium.passes.quantize_weights:QuantizeWeights",

@@ -33,8 +33,9 @@ class Shard(Pass):
 
     Left whole on every device: weights whose columns something needs at once and whose rows
     nothing sums over; a projection that packs queries, keys and values, since equal parts of it
-    are not heads; key and value projections with fewer heads than devices; what an operator
-    without a rule touches; bodies of control flow. Each reason is given with the value.
+    are not heads (run ``split-projections`` first); key and value projections with fewer heads
+    than devices; what an operator without a rule touches; bodies of control flow. Each reason is
+    given with the value.
 
     A model may be annotated for several meshes; running the pass again with the same one changes
     nothing. Sources: Shoeybi et al., "Megatron-LM" (2019); Xu et al., "GSPMD" (2021).

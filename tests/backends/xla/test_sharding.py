@@ -49,6 +49,10 @@ BERT: dict[str, Any] = {
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
     "max_position_embeddings": 32, "hidden_act": "gelu",
 }  # fmt: skip
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 96, "n_embd": 64,
+    "n_head": 4, "n_layer": 2, "n_positions": 32,
+}  # fmt: skip
 
 RUN = """
 import sys
@@ -62,7 +66,7 @@ print(executable.measures_target)
 
 
 def compiled(source: Path, target: Target, mesh: str, folder: Path, *shape: str) -> Artifact:
-    steps = (Step("shard", {"mesh": mesh}),) if mesh else ()
+    steps = (Step("split-projections"), Step("shard", {"mesh": mesh})) if mesh else ()
     return trivium.compile(
         source,
         target,
@@ -121,8 +125,9 @@ def token_feeds(names: list[str]) -> dict[str, Any]:
         (LLAMA, "dp=2,tp=4", 5),
         # Fewer key/value heads than devices.
         (LLAMA, "tp=8", 5),
-        (LLAMA, "dp=4,tp=2", 5),
         (BERT, "dp=2,tp=4", 5),
+        # Queries, keys and values in one product, and the table of tokens once more at the end.
+        (GPT2, "dp=2,tp=4", 5),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
