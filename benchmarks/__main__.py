@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import Row
 
-NAMES = ("startup", "large_model", "quantize")
+NAMES = ("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "quantize")
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"
 

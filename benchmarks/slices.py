@@ -109,7 +109,7 @@ def page(model: str, shape: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     lines = [
         "# XLA on TPU slices and GPUs, compiled without them",
         "",
-        f"Written by `python benchmarks/slices.py {Path(model).name} "
+        f"Written by `python benchmarks/slices.py {'/'.join(Path(model).parts[-2:])} "
         f"{' '.join(f'--shape {item}' for item in shape)}` with {versions} on "
         f"{os.cpu_count()} cores ({platform.machine()}). Each row is a real compile by the "
         "target's own compiler.",

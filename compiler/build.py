@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trivium
-from trivium.compiler import cache, reference, samples, shapes, verify
+from trivium.compiler import cache, reference, samples, verify
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
-from trivium.compiler.errors import AccuracyFailed, ToolchainMissing
+from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
 from trivium.compiler.job import Job, resolve
-from trivium.compiler.prepare import Prepared, Progress, legalize, refused, run_recipe, silent
+from trivium.compiler.prepare import (
+    Prepared,
+    Progress,
+    legalize,
+    predict,
+    refused,
+    run_recipe,
+    silent,
+)
 from trivium.compiler.recipe import Applied, Recipe
 from trivium.compiler.types import Built, Estimate, Target
 
@@ -109,7 +117,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     prepared = legalize(model, job.backend, job.target, job.workload)
     if prepared.refusals:
         raise refused(prepared, job.target)
-    estimate = job.backend.estimate(model, job.target, shapes.each(job.workload)[-1])
+    estimate = predict(prepared, job.target)
 
     progress(f"building with {job.backend.name}")
     expected = optimized.outputs if optimized is not None and not random else ()
@@ -122,7 +130,8 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
         options=job.options,
         estimate=estimate,
     )
-    built = job.backend.build(model, request)
+    with blaming(f"backend {job.backend.name}"):
+        built = job.backend.build(model, request)
     (folder / "recipe.lock.toml").write_text(job.lock(), encoding="utf-8")
     manifest = _manifest(job, prepared, built, estimate, applied)
 
@@ -184,7 +193,7 @@ def _verify(
     feeds: Sequence[Mapping[str, Any]],
     source: reference.Reference,
     optimized: reference.Reference,
-    tolerance: float,
+    tolerance: verify.Tolerance,
 ) -> verify.Verification:
     compared = {
         "samples": len(feeds),
@@ -203,8 +212,9 @@ def _verify(
     }
     write_manifest(folder, pending)
     try:
-        executable = Artifact.open(folder, checked=False).load()
-        actual = [executable.run(feed) for feed in feeds]
+        with blaming(f"backend {job.backend.name}"):
+            executable = Artifact.open(folder, checked=False).load()
+            actual = [executable.run(feed) for feed in feeds]
     except ToolchainMissing as error:
         return verify.Verification("not-run", str(error), compared=compared)
     return verify.judge(
@@ -286,8 +296,7 @@ def dry_run(
     prepared = legalize(job.model, job.backend, job.target, job.workload)
     estimate = None
     if not prepared.refusals:
-        workload = shapes.each(job.workload)[-1]
-        estimate = job.backend.estimate(job.model, job.target, workload)
+        estimate = predict(prepared, job.target)
     return DryRun(
         job.target.name,
         job.backend.name,

@@ -224,7 +224,7 @@ def _candidate(
         prepared = prepare.legalize(optimized.model.clone(), backend, target, optimized.workload)
         if prepared.refusals:
             return replace(made, refusals=prepared.refusals)
-        estimate = backend.estimate(prepared.model, target, optimized.workload)
+        estimate = prepare.predict(prepared, target)
     except TriviumError as error:
         return replace(made, refusals=(str(error),))
     unfit = does_not_fit(estimate, target)

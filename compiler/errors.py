@@ -7,7 +7,8 @@ file, a flag) and the nearest remedy. The command line prints it as one line and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class TriviumError(Exception):
@@ -76,3 +77,20 @@ class AccuracyFailed(TriviumError):
     """The compiled artifact does not agree with the reference within the allowed error."""
 
     exit_code = 6
+
+
+@contextmanager
+def blaming(about: str) -> Iterator[None]:
+    """Turn whatever else is raised inside into ``BackendFailed`` about a part: engines and passes
+    raise a hundred kinds without a common base, and a caller of the API is promised one.
+    """
+    try:
+        yield
+    except (TriviumError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise BackendFailed(
+            f"{type(error).__name__}: {error}",
+            about=about,
+            remedy="this is a bug: please report it with the model",
+        ) from error

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
@@ -31,6 +31,14 @@ _SMALL_BYTES = 1 << 20
 # handler Python would print it; an application that configures logging still gets it.
 for _library in ("onnx_ir", "onnxscript"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A tensor of which a part can be read without reading, or converting, all of it."""
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Return the content in pieces of about ``size`` bytes, each read when it is asked for."""
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:

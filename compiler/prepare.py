@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from trivium.compiler import model as models
 from trivium.compiler import plugins, recipe, shapes
-from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.errors import BackendFailed, BadInput, Unsupported, blaming
 from trivium.compiler.recipe import Applied, Context, Recipe
-from trivium.compiler.types import Target, TensorInfo, Workload
+from trivium.compiler.types import Estimate, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,13 +108,30 @@ def legalize(model: ir.Model, backend: Backend, target: Target, workload: Worklo
     applied = recipe.apply(backend.legalize(target), model)
     refusals = []
     for node in model.graph.all_nodes():
-        reason = backend.refuses(node, target)
+        with blaming(f"backend {backend.name}"):
+            reason = backend.refuses(node, target)
         if reason is not None:
             refusals.append(f"{node.name or node.op_type} ({node.op_type}): {reason}")
     inputs, outputs = models.signature(model)
     return Prepared(
         model, backend, workload, tuple(applied), tuple(dict.fromkeys(refusals)), inputs, outputs
     )
+
+
+def predict(prepared: Prepared, target: Target) -> Estimate:
+    """Ask the backend's cost model; of several sizes of a dimension, the largest.
+
+    A model that cannot be priced can still be built: the estimate is then unknown, and says why.
+
+    Raises:
+        Unsupported: The target cannot hold it.
+    """
+    workload = shapes.each(prepared.workload)[-1]
+    try:
+        with blaming(f"cost model of {prepared.backend.name}"):
+            return prepared.backend.estimate(prepared.model, target, workload)
+    except (BadInput, BackendFailed) as error:
+        return Estimate(None, notes=(f"no prediction: {error}",))
 
 
 def refused(prepared: Prepared, target: Target) -> Unsupported:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import plugins
-from trivium.compiler.errors import BadInput, TriviumError
+from trivium.compiler.errors import BackendFailed, BadInput, blaming
 from trivium.compiler.types import Preserves, Target, Workload
 
 if TYPE_CHECKING:
@@ -202,23 +202,13 @@ def run(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list
 
 def apply(passes: Iterable[ir.passes.PassBase], model: ir.Model) -> list[Applied]:
     """Run passes in order, noting what each declined; no weight stays mapped between them."""
-    from trivium.compiler.errors import BackendFailed
     from trivium.compiler.passing import declining, unmap
 
     rows = []
     for one in passes:
         name = str(getattr(one, "name", type(one).__name__))
-        with declining() as notes:
-            try:
-                result = one(model)
-            except TriviumError:
-                raise
-            except Exception as error:
-                raise BackendFailed(
-                    f"{type(error).__name__}: {error}",
-                    about=f"pass {name}",
-                    remedy="this is a bug in the pass: please report it with the model",
-                ) from error
+        with declining() as notes, blaming(f"pass {name}"):
+            result = one(model)
         if result.model is not model:
             raise BackendFailed("returned another model", about=f"pass {name}")
         unmap(model)

@@ -7,7 +7,7 @@ model? That is the recipe's doing, it is always reported, and ``--max-error`` ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 
 Status = Literal["passed", "failed", "not-run"]
 
-TOLERANCE = 1e-3
-"""Largest error, relative to the output's own magnitude, that an engine may add."""
 
-COARSE_TOLERANCE = 1e-1
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest error, relative to the output's own magnitude, that is allowed.
+
+    Attributes:
+        measure: ``max`` holds the worst element to the limit, ``rms`` the root mean square.
+    """
+
+    limit: float
+    measure: Literal["max", "rms"] = "max"
+
+
+FINE = Tolerance(1e-3)
+"""What an engine may add to a graph that computes in float32 or wider."""
+
+COARSE = Tolerance(1e-1, "rms")
 """The same for graphs that round to a coarse grid (integers, half precision): an engine that sums
-in another order lands one step away, and the steps add up over layers."""
+in another order lands one step away here and there, and the steps add up over layers. The worst
+element then says little; a wrong engine is wrong on the whole."""
 
 _COARSE_OPS = frozenset(
     {
@@ -40,14 +54,14 @@ _COARSE_OPS = frozenset(
 _COARSE_TYPES = frozenset({"FLOAT16", "BFLOAT16"})
 
 
-def tolerance_for(model: ir.Model) -> float:
+def tolerance_for(model: ir.Model) -> Tolerance:
     """The tolerance that an engine gets for a graph, by what the graph rounds to."""
     for node in model.graph.all_nodes():
         if node.op_type in _COARSE_OPS:
-            return COARSE_TOLERANCE
+            return COARSE
         if any(v.dtype is not None and v.dtype.name in _COARSE_TYPES for v in node.outputs):
-            return COARSE_TOLERANCE
-    return TOLERANCE
+            return COARSE
+    return FINE
 
 
 @dataclass(frozen=True)
@@ -58,68 +72,89 @@ class Comparison:
         max_abs_error: Largest absolute difference.
         max_rel_error: Largest absolute difference of an output divided by the largest magnitude
             in that output of the reference.
+        rms_rel_error: Root mean square of the differences of an output divided by that of the
+            output in the reference.
         problem: What cannot be put into a number (a missing output, another shape, NaN).
     """
 
     max_abs_error: float
     max_rel_error: float
+    rms_rel_error: float
     problem: str = ""
 
-    def within(self, tolerance: float) -> bool:
-        return not self.problem and self.max_rel_error <= tolerance
+    def error(self, measure: Literal["max", "rms"]) -> float:
+        return self.max_rel_error if measure == "max" else self.rms_rel_error
+
+    def within(self, tolerance: float | Tolerance) -> bool:
+        """Whether the error stays within a tolerance (a number is one for the worst element)."""
+        if not isinstance(tolerance, Tolerance):
+            tolerance = Tolerance(tolerance)
+        return not self.problem and self.error(tolerance.measure) <= tolerance.limit
+
+
+SAME = Comparison(0.0, 0.0, 0.0)
+
+
+def _wrong(problem: str) -> Comparison:
+    return Comparison(float("inf"), float("inf"), float("inf"), problem)
+
+
+def _worst(parts: Iterable[Comparison]) -> Comparison:
+    """The largest error of each kind, or the first problem."""
+    total = SAME
+    for one in parts:
+        if one.problem:
+            return one
+        total = Comparison(
+            max(total.max_abs_error, one.max_abs_error),
+            max(total.max_rel_error, one.max_rel_error),
+            max(total.rms_rel_error, one.rms_rel_error),
+        )
+    return total
 
 
 def compare(
     expected: Sequence[Mapping[str, Any]], actual: Sequence[Mapping[str, Any]]
 ) -> Comparison:
     """Compare outputs, sample by sample and by name."""
-    worst_abs = worst_rel = 0.0
-    for want_sample, have_sample in zip(expected, actual, strict=True):
-        for name, want in want_sample.items():
-            if name not in have_sample:
-                return Comparison(float("inf"), float("inf"), f"the output {name!r} is missing")
-            one = _compare_one(name, want, have_sample[name])
-            if one.problem:
-                return one
-            worst_abs = max(worst_abs, one.max_abs_error)
-            worst_rel = max(worst_rel, one.max_rel_error)
-    return Comparison(worst_abs, worst_rel)
+    return _worst(
+        _compare_one(name, value, have[name])
+        if name in have
+        else _wrong(f"the output {name!r} is missing")
+        for want, have in zip(expected, actual, strict=True)
+        for name, value in want.items()
+    )
 
 
 def _compare_one(name: str, want: Any, have: Any) -> Comparison:
     import numpy as np
 
-    infinite = float("inf")
     if isinstance(want, (list, tuple)):
         if len(want) != len(have):
-            return Comparison(infinite, infinite, f"{name!r} has {len(have)} of {len(want)} items")
-        pairs = [
-            _compare_one(f"{name}[{i}]", w, h)
-            for i, (w, h) in enumerate(zip(want, have, strict=True))
-        ]
-        return max(
-            pairs, key=lambda c: (bool(c.problem), c.max_rel_error), default=Comparison(0, 0)
-        )
+            return _wrong(f"{name!r} has {len(have)} of {len(want)} items")
+        pairs = enumerate(zip(want, have, strict=True))
+        return _worst(_compare_one(f"{name}[{i}]", w, h) for i, (w, h) in pairs)
     want, have = np.asarray(want), np.asarray(have)
     if want.shape != have.shape:
-        return Comparison(
-            infinite, infinite, f"{name!r} has shape {list(have.shape)}, not {list(want.shape)}"
-        )
+        return _wrong(f"{name!r} has shape {list(have.shape)}, not {list(want.shape)}")
     if want.dtype.kind in "OUS":
         equal = bool((want.astype(str) == have.astype(str)).all())
-        return Comparison(0, 0) if equal else Comparison(infinite, infinite, f"{name!r} differs")
+        return SAME if equal else _wrong(f"{name!r} differs")
     want, have = want.astype(np.float64), have.astype(np.float64)
     same = (want == have) | (np.isnan(want) & np.isnan(have))
     if bool((~np.isfinite(have) & ~same).any()):
-        return Comparison(
-            infinite, infinite, f"{name!r} has NaN or infinity where the reference has none"
-        )
+        return _wrong(f"{name!r} has NaN or infinity where the reference has none")
     difference = np.abs(np.subtract(have, want, where=~same, out=np.zeros_like(want)))
-    finite = np.abs(want[np.isfinite(want)])
-    largest = float(difference.max(initial=0.0))
-    scale = float(finite.max(initial=0.0))
+    if not difference.any():
+        return SAME
+    finite = want[np.isfinite(want)]
+    largest = float(difference.max())
     # An output that should be all zeros has no magnitude to relate to: the error is its own scale.
-    return Comparison(largest, largest / scale if scale > 0 else largest)
+    scale = float(np.abs(finite).max(initial=0.0)) or 1.0
+    rms = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+    return Comparison(
+        largest, largest / scale, float(np.sqrt(np.mean(difference**2))) / (rms or 1.0)
+    )
 
 
 @dataclass(frozen=True)
@@ -141,6 +176,8 @@ class Verification:
             "max_rel_error": _finite(accuracy.max_rel_error) if accuracy else None,
             "engine_max_abs_error": _finite(fidelity.max_abs_error) if fidelity else None,
             "engine_max_rel_error": _finite(fidelity.max_rel_error) if fidelity else None,
+            "rms_rel_error": _finite(accuracy.rms_rel_error) if accuracy else None,
+            "engine_rms_rel_error": _finite(fidelity.rms_rel_error) if fidelity else None,
             "compared": dict(self.compared) if self.compared else None,
         }
 
@@ -154,7 +191,7 @@ def judge(
     optimized: Sequence[Mapping[str, Any]],
     actual: Sequence[Mapping[str, Any]],
     *,
-    tolerance: float,
+    tolerance: Tolerance,
     lossy: bool,
     max_error: float | None,
     compared: Mapping[str, Any],
@@ -170,22 +207,26 @@ def judge(
     """
     accuracy, fidelity = compare(source, actual), compare(optimized, actual)
     reason = ""
-    if fidelity.problem or not fidelity.within(tolerance):
-        detail = fidelity.problem or f"relative error {fidelity.max_rel_error:.3g} > {tolerance:g}"
-        reason = f"the engine does not compute what the graph says: {detail}"
+    if not fidelity.within(tolerance):
+        reason = f"the engine does not compute what the graph says: {_excess(fidelity, tolerance)}"
     elif not lossy and not accuracy.within(tolerance):
-        reason = (
-            accuracy.problem
-            or f"relative error {accuracy.max_rel_error:.3g} > {tolerance:g} against the source"
-        )
+        reason = f"{_excess(accuracy, tolerance)} against the source"
     elif max_error is not None and not accuracy.within(max_error):
-        reason = (
-            accuracy.problem
-            or f"relative error {accuracy.max_rel_error:.3g} exceeds --max-error {max_error:g}"
-        )
+        reason = f"{_excess(accuracy, Tolerance(max_error))}, which is --max-error"
     status: Status = "failed" if reason else "passed"
-    details = {**compared, "tolerance": tolerance, "max_error": max_error}
+    details = {
+        **compared,
+        "tolerance": tolerance.limit,
+        "tolerance_measure": tolerance.measure,
+        "max_error": max_error,
+    }
     return Verification(status, reason, accuracy, fidelity, details)
+
+
+def _excess(comparison: Comparison, tolerance: Tolerance) -> str:
+    error = comparison.error(tolerance.measure)
+    kind = "relative error" if tolerance.measure == "max" else "relative RMS error"
+    return comparison.problem or f"{kind} {error:.3g} > {tolerance.limit:g}"
 
 
 INPUTS, SOURCE, OPTIMIZED = "verify/inputs.npz", "verify/source.npz", "verify/optimized.npz"
@@ -246,7 +287,7 @@ def verify(artifact: Artifact, *, max_error: float | None = None) -> Verificatio
         source,
         optimized,
         actual,
-        tolerance=compared.get("tolerance", TOLERANCE),
+        tolerance=Tolerance(compared["tolerance"], compared["tolerance_measure"]),
         lossy=artifact.manifest["recipe"]["preserves"] == "lossy",
         max_error=gate,
         compared=compared,

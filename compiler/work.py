@@ -233,13 +233,18 @@ def operations_of(node: ir.Node, demand: Demand) -> dict[str, float]:
     return found
 
 
-def work_of(node: ir.Node) -> Work:
+Sums = dict["ir.Graph", Work]
+"""The work of bodies seen so far: nested branches would be summed anew at every level."""
+
+
+def work_of(node: ir.Node, sums: Sums | None = None) -> Work:
     """The work of one node, its bodies included.
 
     Raises:
         BadInput: A shape is not static, or a loop runs for a number of times unknown beforehand.
         Unsupported: No formula is known.
     """
+    sums = {} if sums is None else sums
     demand = demand_of(node)
     resident = sum(value_bytes(v) for v in set(node.inputs) if v is not None and is_weight(v))
     work = Work(
@@ -248,8 +253,8 @@ def work_of(node: ir.Node) -> Work:
         sum(writes_of(node, demand)),
         resident,
     )
-    for graph, times in bodies(node):
-        body = _sum_of(graph)
+    for graph, times in bodies(node, sums):
+        body = _sum_of(graph, sums)
         work += Work(
             {dtype: count * times for dtype, count in body.operations.items()},
             body.bytes_read * times,
@@ -261,15 +266,17 @@ def work_of(node: ir.Node) -> Work:
 
 def work_of_model(model: ir.Model) -> Work:
     """The work of one call of a model; weights that several nodes share are held once."""
-    total = _sum_of(model.graph)
+    total = _sum_of(model.graph, {})
     return Work(total.operations, total.bytes_read, total.bytes_written, resident_bytes(model))
 
 
-def _sum_of(graph: ir.Graph) -> Work:
-    total = Work()
-    for node in graph:
-        total += work_of(node)
-    return total
+def _sum_of(graph: ir.Graph, sums: Sums) -> Work:
+    if graph not in sums:
+        total = Work()
+        for node in graph:
+            total += work_of(node, sums)
+        sums[graph] = total
+    return sums[graph]
 
 
 def is_weight(value: ir.Value) -> bool:
@@ -289,7 +296,7 @@ def resident_bytes(model: ir.Model) -> float:
     return total
 
 
-def bodies(node: ir.Node) -> Iterator[tuple[ir.Graph, float]]:
+def bodies(node: ir.Node, sums: Sums | None = None) -> Iterator[tuple[ir.Graph, float]]:
     """The subgraphs that a node runs and how often: of an If, the branch with more work.
 
     Raises:
@@ -297,7 +304,8 @@ def bodies(node: ir.Node) -> Iterator[tuple[ir.Graph, float]]:
     """
     if is_op(node, "If"):
         branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-        works = [(_sum_of(branch), branch) for branch in branches]
+        sums = {} if sums is None else sums
+        works = [(_sum_of(branch, sums), branch) for branch in branches]
         heavier = max(works, key=lambda pair: (pair[0].total_operations, pair[0].bytes_moved))
         yield heavier[1], 1.0
     elif is_op(node, "Loop"):

@@ -42,7 +42,7 @@ COLUMNS = (
 
 SHAPES = {
     "silero_vad_16k_op15": ["input=1x512", "state=2x1x128"],
-    "gpt2_tiny_past": ["batch=1", "seq_len=4"],
+    "gpt2_tiny_past": ["batch_size=1", "seq_len=4"],
     "minilm": ["batch=1", "seq=64"],
     "llm-shakespeare": ["batch=1", "seq=64"],
     "scan_1": ["Sequence=4"],

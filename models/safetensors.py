@@ -207,8 +207,22 @@ class ConvertedTensor(ir.LazyTensor):
         return ir.Tensor(np.array(self._mapped(), dtype=np.float32, order="C"), name=self.name)
 
     def tofile(self, file: BinaryIO) -> None:
-        for block in self._blocks():
-            file.write(block.data)
+        for piece in self.pieces(_BLOCK):
+            file.write(piece)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Convert and return whole rows, about ``size`` bytes at a time."""
+        import numpy as np
+
+        mapped = self._mapped()
+        rows = mapped.reshape(1) if mapped.ndim == 0 else mapped
+        step = max(1, size // max(4 * math.prod(rows.shape[1:]), 1))
+        for first in range(0, rows.shape[0], step):
+            block = rows[first : first + step]
+            if self._transpose:
+                # Copied as it lies first, so that it is turned within the cache.
+                block = np.ascontiguousarray(block.T).T
+            yield np.array(block, dtype=np.float32, order="C").tobytes()
 
     def _mapped(self) -> np.ndarray[Any, Any]:
         """The stored form, mapped from the file, in the shape of this tensor."""
@@ -226,12 +240,3 @@ class ConvertedTensor(ir.LazyTensor):
                 f"its weights can no longer be read ({error})", about=str(entry.file)
             ) from error
         return stored.T if self._transpose else stored
-
-    def _blocks(self) -> Iterator[np.ndarray[Any, Any]]:
-        import numpy as np
-
-        mapped = self._mapped()
-        rows = mapped.reshape(1) if mapped.ndim == 0 else mapped
-        step = max(1, _BLOCK // max(4 * math.prod(rows.shape[1:]), 1))
-        for first in range(0, rows.shape[0], step):
-            yield np.array(rows[first : first + step], dtype=np.float32, order="C")

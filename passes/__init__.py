@@ -14,6 +14,7 @@ PASSES: dict[str, str] = {
     "fold-affine": "trivium.passes.fold_affine:FoldAffine",
     "fold-batchnorm": "trivium.passes.fold_batchnorm:FoldBatchNorm",
     "fold-pad": "trivium.passes.fold_pad:FoldPad",
+    "fuse-activation": "trivium.passes.fuse_activation:FuseActivation",
     "fuse-bias": "trivium.passes.fuse_bias:FuseBias",
     "infer-shapes": "trivium.passes.infer_shapes:InferShapes",
     "lift-constants": "trivium.passes.lift_constants:LiftConstants",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import Pass, graph_of, unread
+from trivium.compiler.passing import InPieces, Pass, graph_of, unread
 from trivium.compiler.reference import RANDOM
 from trivium.compiler.types import Preserves
 
@@ -85,6 +85,9 @@ def _bytes(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
             while left and (chunk := stream.read(min(size, left))):
                 left -= len(chunk)
                 yield chunk
+        return
+    if isinstance(tensor, InPieces):
+        yield from tensor.pieces(size)
         return
     if tensor.dtype == ir.DataType.STRING:
         strings = tensor.numpy().reshape(-1)

@@ -147,7 +147,11 @@ class Lowering:
             self.outputs.append(self._output(value))
         except Unsupported as error:
             if node is None:
-                node = next(iter(self.graph))
+                node = next(iter(self.graph), None)
+            if node is None:
+                raise Unsupported(
+                    "the model computes nothing", about=f"output {value.name!r}"
+                ) from error
             self.refusals[node] = error.cause
 
     def read(self, value: ir.Value | None) -> Value:

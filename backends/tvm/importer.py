@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from trivium.compiler.errors import BackendFailed
+from trivium.compiler.errors import Unsupported
 from trivium.compiler.onnx_api import light_proto, one_line
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def to_relax(model: ir.Model) -> Imported:
     """Import a legalized model.
 
     Raises:
-        BackendFailed: The importer declined; the message names the operator that it was at.
+        Unsupported: The importer declined; the message names the operator that it was at.
     """
     from tvm.relax.frontend.onnx import from_onnx
 
@@ -73,8 +73,8 @@ def to_relax(model: ir.Model) -> Imported:
                 module = from_onnx(proto)
         except Exception as error:
             where = said.getvalue().partition(", with inputs")[0].strip()
-            raise BackendFailed(
-                f"{one_line(error)} ({where or type(error).__name__})",
+            raise Unsupported(
+                f"declines: {one_line(error)} ({where or type(error).__name__})",
                 about="TVM's ONNX importer",
                 remedy="try --backend onnxruntime, or --backend xla",
             ) from error

@@ -42,7 +42,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="trivium-xla-") as folder:
         job_path, result_path = Path(folder) / "job.json", Path(folder) / "result.json"
         log_path = Path(folder) / "log.txt"
-        job_path.write_text(json.dumps(job), encoding="utf-8")
+        job_path.write_text(json.dumps({**job, "caller": os.getpid()}), encoding="utf-8")
         # -P: a folder called compiler or jax in the working directory must not be imported.
         command = [sys.executable, "-P", "-m", "trivium.backends.xla.worker"]
         with log_path.open("wb") as log:

@@ -50,9 +50,9 @@ Json = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Read the job, do it, write the result; the exit status is 0 if there is a result."""
-    _end_with_parent()
     job_path, result_path = map(Path, arguments)
     job = json.loads(job_path.read_text(encoding="utf-8"))
+    _end_with(job["caller"])
     try:
         result = build(job)
     except TriviumError as error:
@@ -77,11 +77,13 @@ def _peak_rss_bytes() -> int | None:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if "VmHWM" in line)
 
 
-def _end_with_parent() -> None:
+def _end_with(caller: int) -> None:
     """Have the kernel end this process with the one that waits for it, where Linux can."""
     if sys.platform == "linux":
         parent_death_signal = 1
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+        if os.getppid() != caller:  # it has ended already
+            sys.exit(1)
 
 
 def _error_json(error: TriviumError) -> Json:

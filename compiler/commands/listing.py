@@ -161,7 +161,7 @@ _ADDS = {
     "tvm": "TVM on this CPU, and CUDA cubins where nvcc is installed",
     "fpga": "nothing to install: Vitis HLS projects, simulated with g++",
     "tensorrt": "TensorRT engines, built on the machine that has the GPU (not part of all)",
-    "torch-xla": "PyTorch/XLA as a road for exported programs (not part of all)",
+    "torch-xla": "PyTorch/XLA beside Trivium; no backend uses it yet (not part of all)",
     "hf": "tokenizers for checkpoint folders",
     "all": "every extra above but tensorrt and torch-xla",
     "dev": "what the tests, the linters and the benchmarks need",

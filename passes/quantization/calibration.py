@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,9 +181,9 @@ def _runner(
     from trivium.compiler.model import save
 
     path = folder / "observed.onnx"
-    with _as_outputs(model, values):
-        # External data is mapped by ONNX Runtime: weights are neither parsed nor copied.
-        save(model, path, external=True)
+    observed = _observing(model, values)
+    # External data is mapped by ONNX Runtime: weights are neither parsed nor copied.
+    save(observed, path, external=True)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -213,12 +212,14 @@ def _cannot_run(error: Exception) -> BackendFailed:
     )
 
 
-@contextmanager
-def _as_outputs(model: ir.Model, values: Sequence[ir.Value]) -> Iterator[None]:
-    """Make values the graph's only outputs for as long as it is saved."""
-    kept = list(model.graph.outputs)
-    model.graph.outputs[:] = list(values)
-    try:
-        yield
-    finally:
-        model.graph.outputs[:] = kept
+def _observing(model: ir.Model, values: Sequence[ir.Value]) -> ir.Model:
+    """A copy (weights shared) whose only outputs are ``values``, in a form that the engine runs."""
+    import onnx_ir as ir
+
+    from trivium.passes.widen_attention_mask import WidenAttentionMask
+
+    copy = model.clone()
+    found = ir.convenience.create_value_mapping(copy.graph)
+    copy.graph.outputs[:] = [found[value.name or ""] for value in values]
+    WidenAttentionMask()(copy)
+    return copy

@@ -40,11 +40,11 @@ def test_errors_are_relative_to_the_magnitude_of_the_output() -> None:
 
 def test_the_same_nan_and_infinity_are_no_difference() -> None:
     odd = {"y": np.array([np.nan, np.inf, -np.inf, 0.0])}
-    assert verify.compare([odd], [odd]) == verify.Comparison(0.0, 0.0)
+    assert verify.compare([odd], [odd]) == verify.SAME
 
 
 def judge(actual: float, optimized: float, **how: object) -> verify.Verification:
-    settings = {"tolerance": 1e-3, "lossy": False, "max_error": None, "compared": {}, **how}
+    settings = {"tolerance": verify.FINE, "lossy": False, "max_error": None, "compared": {}, **how}
     outputs = [[{"y": np.array([x])}] for x in (1.0, optimized, actual)]
     return verify.judge(*outputs, **settings)  # type: ignore[arg-type]
 
@@ -55,6 +55,16 @@ def test_fidelity_and_accuracy_are_kept_apart() -> None:
     assert judge(1.2, 1.2, lossy=False).status == "failed"
     assert "engine" in judge(1.3, 1.2, lossy=True).reason
     assert "--max-error" in judge(1.2, 1.2, lossy=True, max_error=0.1).reason
+
+
+def test_a_step_of_a_coarse_grid_is_forgiven_and_a_wrong_engine_is_not() -> None:
+    want = np.random.default_rng(0).standard_normal(1000)
+    step, wrong = want.copy(), np.roll(want, 1)
+    step[3] += 0.5
+    one = verify.compare([{"y": want}], [{"y": step}])
+    assert not one.within(verify.FINE)
+    assert one.within(verify.COARSE)
+    assert not verify.compare([{"y": want}], [{"y": wrong}]).within(verify.COARSE)
 
 
 def test_verify_repeats_the_comparison(shared_data: Callable[[str], Path], tmp_path: Path) -> None:

@@ -375,3 +375,13 @@ def test_elementwise_work_reads_and_writes_each_element_once(shape: list[int], o
     found = work(op, {"x": tuple(shape)}, {"y": tuple(shape)})
     assert found.bytes_read == found.bytes_written == 4 * np.prod(shape)
     assert found.total_operations % np.prod(shape) == 0
+
+
+def test_nested_branches_cost_no_more_than_their_number(
+    shared_data: Callable[[str], Path],
+) -> None:
+    from trivium.compiler import model
+
+    # 20 levels: summing a branch anew at every level would take 2^20 steps.
+    nested = model.load(shared_data("bad/nested_if_20.onnx"))
+    assert work_of_model(nested).total_operations < 1000

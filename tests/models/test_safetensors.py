@@ -188,3 +188,24 @@ def test_wrong_dtype_shape_or_name_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="'v': is not in the checkpoint"):
         checkpoint.tensor("v", (3, 2))
     assert checkpoint.tensor("w", (3, 2), transpose=True).numpy().shape == (3, 2)
+
+
+def test_equal_halves_are_shared_and_others_are_not(tmp_path: Path) -> None:
+    """Sharing asks a converted tensor for a piece first, and for all of it only if that agrees."""
+    from trivium.passes.share_duplicates import ShareDuplicates
+
+    one = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float16)
+    late = one.copy()
+    late[-1, -1] += 1
+    write_safetensors(tmp_path / "model.safetensors", {"a": one, "b": one, "c": late})
+    graph = ir.Graph([], [], nodes=[], name="g", opset_imports={"": 24})
+    nodes = []
+    for name, entry in read_header(tmp_path / "model.safetensors").items():
+        value = ir.Value(name=name, const_value=as_float32(entry, name))
+        graph.register_initializer(value)
+        nodes.append(ir.node("Neg", [value], name=name))
+        graph.append(nodes[-1])
+        graph.outputs.append(nodes[-1].outputs[0])
+    assert ShareDuplicates()(ir.Model(graph, ir_version=11)).modified
+    assert nodes[0].inputs[0] is nodes[1].inputs[0]
+    assert nodes[2].inputs[0] is not nodes[0].inputs[0]

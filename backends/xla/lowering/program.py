@@ -27,7 +27,9 @@ class Lowered:
         function: ``(weights, inputs) -> outputs``, each a mapping by name. Pure and traceable:
             jit it, differentiate it, export it. It switches 64-bit types on for itself; call
             jit inside `precise` too, so that 64-bit arguments reach it whole. (jit sorts the keys
-            of a mapping: take outputs by name.)
+            of a mapping: take outputs by name.) Products use the platform's default
+            precision: full float32 on a CPU, bfloat16 passes on a TPU unless
+            ``jax.default_matmul_precision`` says otherwise.
         weights: The constants that it takes as arguments, by name, unread.
         inputs, outputs: The model's signature, initializers left out.
         places: Where in the model each weight is.

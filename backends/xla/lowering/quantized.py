@@ -101,7 +101,9 @@ def _matmul(op: Op, a: Quantized | None, b: Quantized) -> Any | None:
     if b.data.ndim != 2:
         return None
     if a is None:
-        return _weight_only(op.frame.env[op.node.inputs[0]], b)  # type: ignore[index]
+        left = op.node.inputs[0]
+        assert left is not None
+        return _weight_only(op.frame.env[left], b)
     return _integer_matmul(a, b)
 
 

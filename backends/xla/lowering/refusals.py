@@ -9,6 +9,9 @@ from trivium.backends.xla.lowering.functions import fixed_body, has_body, is_con
 
 _DOMAINS = ("", "ai.onnx")
 
+DATA_DEPENDENT = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+"""Operators whose output size is in no operand: lowered where the model declares it."""
+
 
 def refusal(node: ir.Node, opset: int) -> str | None:
     """Return why a node cannot be lowered, or None if it can.
@@ -27,10 +30,6 @@ def refusal(node: ir.Node, opset: int) -> str | None:
     if node.domain in _DOMAINS and node.op_type in DATA_DEPENDENT and not _is_static(node):
         return "has an output whose shape depends on the data, and XLA needs it before it runs"
     return None
-
-
-DATA_DEPENDENT = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
-"""Operators whose output size is in no operand: lowered where the model declares it."""
 
 
 def _is_static(node: ir.Node) -> bool:

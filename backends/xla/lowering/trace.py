@@ -180,7 +180,8 @@ def _scales(node: ir.Node, index: int, frame: Frame) -> bool:
     """Whether a node combines its operand with nothing but a scalar."""
     if node.op_type not in ("Add", "Sub", "Mul", "Div", "Pow") or node.domain != "":
         return False
-    other = frame.env.get(node.inputs[1 - index])  # type: ignore[arg-type]
+    operand = node.inputs[1 - index]
+    other = None if operand is None else frame.env.get(operand)
     return other is not None and getattr(other, "ndim", 1) == 0
 
 

@@ -166,7 +166,7 @@ def test_an_h100_gets_machine_code(shared_data: SharedData, tmp_path: Path) -> N
     assert all(image.startswith(b"\x7fELF") for image in images)
     assert {hlo.compute_capability(image) for image in images} == {90}
     assert b"wrapped_transpose" in b"".join(images)
-    assert "__cudnn$convForward" in (artifact.path / "main.hlo.txt").read_text()
+    assert "__cudnn$convBiasActivationForward" in (artifact.path / "main.hlo.txt").read_text()
     assert_computes_what_the_source_does(artifact, source)
 
 
@@ -313,15 +313,10 @@ def test_the_compiler_ends_with_its_caller(tmp_path: Path) -> None:
     while not (children := _children(caller.pid)):
         assert caller.poll() is None
         time.sleep(0.01)
-    # It asks to be ended with its caller first of all; to do that it loads ctypes.
-    for _ in range(300):
-        if b"_ctypes" in Path(f"/proc/{children[0]}/maps").read_bytes():
-            break
-        time.sleep(0.01)
-    time.sleep(0.2)
     caller.kill()
     caller.wait()
-    for _ in range(500):
+    # It notices when it has started Python, which takes a while on a busy machine.
+    for _ in range(3000):
         if not _running(children[0]):
             break
         time.sleep(0.01)

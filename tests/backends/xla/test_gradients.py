@@ -147,6 +147,7 @@ def test_gradient_goes_straight_through_quantization_and_stops_where_it_clips() 
     np.testing.assert_allclose(by_weight["w"], np.repeat(rounded.T, 2, axis=1))
 
 
+@pytest.mark.slow
 def test_training_reaches_every_weight_and_the_file_keeps_what_was_learned(
     shared_data: Callable[[str], Path], tmp_path: Path
 ) -> None:

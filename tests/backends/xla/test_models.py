@@ -49,6 +49,42 @@ def reference(path: Path, feed: dict[str, Any]) -> dict[str, np.ndarray[Any, Any
     return dict(zip(names, session.run(names, feed), strict=True))
 
 
+def _normal(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+STATEFUL: dict[str, dict[str, Any]] = {
+    "attention_past_state": {
+        "input": _normal(1, 3, 768),
+        "weight": _normal(768, 2304),
+        "bias": _normal(2304),
+        "past": _normal(2, 1, 12, 4, 64),
+    },
+    "genai_tiny_gpt2_past": {
+        "input_ids": np.asarray([[5, 17, 900]], np.int32),
+        "position_ids": np.asarray([[4, 5, 6]], np.int32),
+        "attention_mask": np.ones((1, 7), np.int32),
+        **{f"past_{layer}": _normal(2, 1, 4, 4, 8) for layer in range(5)},
+    },
+    "silero_vad_16k_op15": {
+        "input": _normal(1, 576) * np.float32(0.1),
+        "state": _normal(2, 1, 128),
+        "sr": np.asarray(16000),
+    },
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_model_with_state_agrees_with_onnx_runtime(
+    name: str, shared_data: Callable[[str], Path]
+) -> None:
+    path = shared_data(f"models/{name}.onnx")
+    expected, actual = reference(path, STATEFUL[name]), run(path, STATEFUL[name])
+    for key, want in expected.items():
+        scale = float(np.abs(want).max())
+        np.testing.assert_allclose(actual[key], want, rtol=1e-3, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("name", FLOAT)
 def test_float_model_agrees_with_onnx_runtime(
     name: str, shared_data: Callable[[str], Path]

@@ -15,7 +15,7 @@ from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
 
 UNROLLED = 32
-"""Loops of at most this many iterations, all known, may be unrolled if they must be."""
+"""Loops of more iterations than this stay loops, unless they carry a sequence."""
 
 
 @handles("If")
@@ -37,12 +37,14 @@ def if_(op: Op, condition: Any) -> Any:
 def loop(op: Op, trips: Any, condition: Any, *carried: Any) -> Any:
     body = op.subgraph("body")
     scanned = op.outputs - len(carried)
-    if op.known(trips) and trips is not None and (condition is None or op.known(condition)):
-        return _known_loop(
-            op, body, int(np.asarray(trips).reshape(())), condition, carried, scanned
-        )
+    if trips is not None and op.known(trips) and op.known(condition):
+        count = int(np.asarray(trips).reshape(()))
+        if count <= UNROLLED or any(v is None or isinstance(v, list) for v in carried):
+            return _unrolled_loop(op, body, count, condition, carried, scanned)
+        if scanned:
+            return _collecting_loop(op, body, count, carried)
     if scanned:
-        return _bounded_loop(op, body, trips, condition, carried, scanned)
+        return _collecting_loop(op, body, None, carried)
     limit = jnp.asarray(np.iinfo(np.int64).max) if trips is None else jnp.reshape(trips, ())
     go = jnp.asarray(True) if condition is None else jnp.reshape(condition, ())
 
@@ -61,11 +63,12 @@ def _like(value: Any, old: Any) -> Any:
     return value.astype(old.dtype) if value.dtype != old.dtype else value
 
 
-def _known_loop(
+def _unrolled_loop(
     op: Op, body: Any, trips: int, condition: Any, carried: Sequence[Any], scanned: int
 ) -> Any:
-    """A loop whose count is known: unrolled, so that shape arithmetic in it folds."""
-    values, rows = list(carried), [[] for _ in range(scanned)]  # type: list[Any], list[list[Any]]
+    """A loop whose count is known, iteration by iteration, so that shape arithmetic in it folds."""
+    values: list[Any] = list(carried)
+    rows: list[list[Any]] = [[] for _ in range(scanned)]
     go = condition is None or bool(np.asarray(condition).all())
     for index in range(trips):
         if not go:
@@ -73,7 +76,7 @@ def _known_loop(
         results = body(np.asarray(index, np.int64), np.asarray(True), *values)
         if not op.known(results[0]):
             if scanned:
-                return _bounded_loop(op, body, np.asarray(trips), condition, carried, scanned)
+                return _collecting_loop(op, body, None, carried)
             raise op.refuse("ends at a time that only the program knows, after a known count")
         go = bool(np.asarray(results[0]).all())
         values = list(results[1 : 1 + len(values)])
@@ -89,21 +92,25 @@ def _stacked(op: Op, index: int, rows: list[Any]) -> Any:
     return jnp.zeros((0,) if shape is None else (0, *shape[1:]), dtype)
 
 
-def _bounded_loop(
-    op: Op, body: Any, trips: Any, condition: Any, carried: Sequence[Any], scanned: int
-) -> Any:
-    """A loop that collects results has as many rows as the model promises."""
+def _collecting_loop(op: Op, body: Any, trips: int | None, carried: Sequence[Any]) -> Any:
+    """A loop that collects a row for each iteration: as many as are known, or as the model
+    promises, which says at the same time when the loop ends.
+    """
     promised = op.shape(len(carried))
-    if promised is None:
+    count = promised[0] if promised is not None else trips
+    if count is None:
         raise op.needs(0)
 
     def step(state: Any, index: Any) -> Any:
-        results = body(index, jnp.asarray(True), *state)
+        results = body(index, np.asarray(True), *state)
+        goes_on = op.known(results[0]) and bool(np.asarray(results[0]).all())
+        if promised is None and not goes_on:
+            raise op.needs(0)
         kept = [_like(v, old) for v, old in zip(results[1:], state, strict=False)]
         return tuple(kept), tuple(jnp.asarray(v) for v in results[1 + len(state) :])
 
     start = tuple(jnp.asarray(value) for value in carried)
-    final, rows = lax.scan(step, start, jnp.arange(promised[0], dtype="int64"))
+    final, rows = lax.scan(step, start, jnp.arange(count, dtype="int64"))
     return (*final, *rows)
 
 
