@@ -7,7 +7,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, is_constant
+from trivium.compiler.passing import attribute, constant, is_constant
 from trivium.passes.sharding.axes import Axes, rank, size
 from trivium.passes.sharding.table import (
     block_axes,
@@ -47,6 +47,22 @@ def _slice(axes: Axes, node: ir.Node) -> None:
     if cut is not None:
         places = [axis % rank(x) for axis in cut]
         tie_all_but(axes, x, y, places, "Slice cuts it", whole_result=False)
+
+
+@rule("Pad")
+def _pad(axes: Axes, node: ir.Node) -> None:
+    x, y = operands(node, 1)[0], node.outputs[0]
+    widths = constant(node.inputs[1])
+    named = node.inputs[3] if len(node.inputs) > 3 else None
+    along = list(range(rank(x))) if named is None else known_axes(axes, node, 3)
+    if along is None:
+        return
+    if widths is not None:
+        # The widths before come first, then those after.
+        before, after = widths.reshape(2, -1).tolist()
+        pairs = zip(along, before, after, strict=True)
+        along = [axis for axis, *widths_of in pairs if any(widths_of)]
+    tie_all_but(axes, x, y, [axis % rank(x) for axis in along], "Pad makes it longer")
 
 
 @rule("Transpose")

@@ -195,6 +195,18 @@ def test_a_packed_projection_stays_whole() -> None:
     assert any(n.where == "a" and "Split cuts it elsewhere" in n.reason for n in notes)
 
 
+def test_padding_one_axis_leaves_the_others() -> None:
+    made = model(
+        "(float[N, 6] x) => (float[N, 8] y)"
+        " { p = Constant <value = int64[2] {1, 1}> ()  a = Constant <value = int64[1] {-1}> ()"
+        "  y = Pad (x, p, , a) }"
+    )
+    with declining() as notes:
+        split, _ = plan(made.graph, Mesh(2, 1))
+    assert split[made.graph.outputs[0]] == {0: "dp"}
+    assert not notes
+
+
 def test_scales_split_with_the_blocks_that_they_scale() -> None:
     made = model(
         "(float[N, 8] x, int8[8, 4] a, float[2, 4] s, float[4, 8] c) => (float[N, 8] y)"
