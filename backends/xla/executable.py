@@ -43,6 +43,7 @@ class XlaExecutable:
         self.where = f"XLA (jax {artifact.backend.toolchain()['jax']}) on {name}{stands_in}"
         stored = weights.arrays(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
+        self._spread: dict[str, Any] = {}
         self._programs = [
             (program.inputs, self._load(artifact.path, program, on_target))
             for program in artifact.programs
@@ -53,29 +54,30 @@ class XlaExecutable:
     def _load(self, folder: Path, program: Program, on_target: bool) -> Any:
         import jax
         import jax.export
-        import numpy as np
-        from jax.sharding import Mesh
 
         from trivium.backends.xla.lowering import precise
 
+        split = Partition.from_json(self._details["programs"][program.name]["partition"])
+        file = folder / program.file
+        if not on_target:
+            split = partition.SINGLE
+        elif split.kind == "annotated":
+            file = file.with_name(f"{program.name}.sharded.stablehlo")
         try:
-            exported = jax.export.deserialize(bytearray((folder / program.file).read_bytes()))
+            exported = jax.export.deserialize(bytearray(file.read_bytes()))
         except Exception as error:  # flatbuffers and jax raise many kinds for what is damaged
             raise BadInput(
                 f"not a jax export that this jax can read ({one_line(error)})",
-                about=str(folder / program.file),
+                about=str(file),
                 remedy="compile the model again",
             ) from error
-        split = Partition.from_json(self._details["programs"][program.name]["partition"])
-        if not on_target:
-            split = Partition("single", 1)
-        mesh = Mesh(np.array(self._devices), (partition.AXIS,))
-        self._whole = partition.whole(mesh)
+        mesh = partition.mesh_of(split, self._devices)
+        self._whole = partition.sharding(mesh, [])
+        self._spread |= partition.shardings(mesh, split.weights, split.weights)
+        names = [info.name for info in program.inputs]
+        given = partition.shardings(mesh, names, split.inputs)
         with precise():
-            return jax.jit(
-                exported.call,
-                in_shardings=(None, partition.shardings(split, mesh, program.inputs, "inputs")),
-            )
+            return jax.jit(exported.call, in_shardings=(None, given))
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
@@ -84,7 +86,8 @@ class XlaExecutable:
 
         with precise():
             for name, array in stored.items():
-                self._weights[name] = jax.device_put(array, self._whole)
+                where = self._spread.get(name, self._whole)
+                self._weights[name] = jax.device_put(array, where)
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np

@@ -1,43 +1,59 @@
 """How a program is spread over the chips of a slice.
 
-Without annotations there are two ways: every chip computes its share of the batch, or, where the
-batch does not divide, every chip computes the same. The weights are whole on each chip. The
-partition is decided once, at build time, and the manifest holds it, so that a program that is
-loaded onto a real slice is spread as it was compiled.
+A model says so in its annotations (see `sharding`). Without them there are two ways, in both of
+which the weights are whole on each chip: every chip computes its share of the batch, or, where
+the batch does not divide, every chip computes the same. The partition is decided once, at build
+time, and the manifest holds it, so that a program that is loaded onto a real slice is spread as
+it was compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
+from trivium.backends.xla.sharding import Layout, Spec
 from trivium.compiler.errors import BadInput
 from trivium.compiler.types import TensorInfo
 
-Kind = Literal["single", "batch", "replicated"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Kind = Literal["single", "batch", "replicated", "annotated"]
 
 AXIS = "batch"
-"""Name of the one axis of the mesh."""
+"""Name of the one axis of the mesh of a model without annotations."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which axis of which tensor is spread over the devices.
+    """Which axes of which tensor are spread over the devices.
 
     Attributes:
-        kind: ``single`` device, ``batch`` (data parallel) or ``replicated``.
-        devices: Length of the mesh.
-        inputs, outputs: Tensor name -> the axis that is spread; a tensor that is absent is whole
-            on every device.
+        kind: ``single`` device, ``batch`` (data parallel), ``replicated``, or as ``annotated``.
+        mesh: Length of each axis of the mesh by name, the one that moves slowest first.
+        inputs, outputs, weights: Tensor name -> along which axes of the mesh each of its own is
+            spread; a tensor that is absent is whole on every device.
         note: What was decided and why, in words.
     """
 
     kind: Kind
-    devices: int
-    inputs: Mapping[str, int] = field(default_factory=dict)
-    outputs: Mapping[str, int] = field(default_factory=dict)
+    mesh: Mapping[str, int]
+    inputs: Mapping[str, Spec] = field(default_factory=dict)
+    outputs: Mapping[str, Spec] = field(default_factory=dict)
+    weights: Mapping[str, Spec] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def devices(self) -> int:
+        """How many devices there are in the mesh."""
+        return prod(self.mesh.values())
+
+    def shards(self, weight: str) -> int:
+        """Into how many parts a weight is split."""
+        return prod(self.mesh[name] for names in self.weights.get(weight, []) for name in names)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,13 +63,17 @@ class Partition:
         return cls(**table)
 
 
+SINGLE = Partition("single", {AXIS: 1})
+"""Of a program on one device."""
+
+
 def choose(
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
     devices: int,
     wish: str | None = None,
 ) -> Partition:
-    """Return the partition of a program with static shapes.
+    """Return the partition of a program with static shapes and without annotations.
 
     The batch is the first axis of the first input that has one; every other input and output
     whose first axis is as long is taken to run along it.
@@ -69,13 +89,14 @@ def choose(
             f"no partition is called {wish!r}", about="partition", remedy="batch or replicated"
         )
     if devices == 1:
-        return Partition("single", 1)
+        return SINGLE
+    mesh = {AXIS: devices}
     batch = next((info.shape[0] for info in inputs if info.shape), None)
     divides = isinstance(batch, int) and batch > 0 and batch % devices == 0
     if wish == "replicated" or (wish is None and not divides):
         reason = "as asked" if wish else f"a batch of {batch} does not divide by {devices}"
         note = f"all {devices} devices compute the same ({reason})"
-        return Partition("replicated", devices, note=note)
+        return Partition("replicated", mesh, note=note)
     if not divides:
         raise BadInput(
             f"a batch of {batch} does not divide over {devices} devices",
@@ -84,36 +105,64 @@ def choose(
         )
     return Partition(
         "batch",
-        devices,
+        mesh,
         _along(inputs, batch),
         _along(outputs, batch),
-        f"data parallel: each of {devices} devices computes {batch // devices} "  # type: ignore[operator]
+        note=f"data parallel: each of {devices} devices computes {batch // devices} "  # type: ignore[operator]
         f"of the batch of {batch}",
     )
 
 
-def _along(infos: Sequence[TensorInfo], batch: int | str | None) -> dict[str, int]:
-    return {info.name: 0 for info in infos if info.shape and info.shape[0] == batch}
+def annotated(layout: Layout, graph: ir.Graph, weights: Mapping[str, ir.Value]) -> Partition:
+    """Return the partition that a model's annotations ask for.
+
+    Args:
+        weights: Where in the model each weight is.
+    """
+    return Partition(
+        "annotated",
+        layout.mesh,
+        layout.of(graph.inputs),
+        layout.of(graph.outputs),
+        {name: layout.specs.get(value, []) for name, value in weights.items()},
+        f"spread over {prod(layout.mesh.values())} devices as the model says: {layout.name}",
+    )
 
 
-def shardings(partition: Partition, mesh: Any, infos: Sequence[TensorInfo], side: str) -> Any:
-    """Return jax's sharding of each tensor of one side (``inputs`` or ``outputs``), by name."""
-    spread: Mapping[str, int] = getattr(partition, side)
-    return {
-        info.name: _sharding(mesh, *[None] * spread[info.name], AXIS)
-        if info.name in spread
-        else whole(mesh)
-        for info in infos
-    }
+def noting_annotations(partition: Partition, model: ir.Model) -> Partition:
+    """Say that a model's annotations are not what a partition was made from, if it has some."""
+    names = ", ".join(one.name for one in model.device_configurations)
+    if not names:
+        return partition
+    why = "one device computes all of it" if partition.devices == 1 else "as asked"
+    note = f"the model's annotations for {names} are not used ({why})"
+    return replace(partition, note=f"{partition.note}; {note}" if partition.note else note)
 
 
-def whole(mesh: Any) -> Any:
-    """Return the sharding of what every device holds whole."""
-    return _sharding(mesh)
+def _along(infos: Sequence[TensorInfo], batch: int | str | None) -> dict[str, Spec]:
+    return {info.name: [[AXIS]] for info in infos if info.shape and info.shape[0] == batch}
 
 
-def _sharding(mesh: Any, *axes: str | None) -> Any:
-    from jax import sharding
+def shardings(mesh: Any, names: Iterable[str], specs: Mapping[str, Spec]) -> dict[str, Any]:
+    """Return jax's sharding of each named tensor over a mesh; without a spec it is whole."""
+    return {name: sharding(mesh, specs.get(name, [])) for name in names}
 
-    spec: Any = sharding.PartitionSpec
-    return sharding.NamedSharding(mesh, spec(*axes))
+
+def sharding(mesh: Any, spec: Spec) -> Any:
+    """Return jax's sharding of one tensor over a mesh, which may be an abstract one."""
+    from jax import sharding as of_jax
+
+    partition_spec: Any = of_jax.PartitionSpec
+    return of_jax.NamedSharding(mesh, partition_spec(*[tuple(axes) or None for axes in spec]))
+
+
+def mesh_of(partition: Partition, devices: Sequence[Any] | None = None) -> Any:
+    """Return jax's mesh of a partition; without devices an abstract one, to trace with."""
+    import numpy as np
+    from jax.sharding import AbstractMesh, Mesh
+
+    sizes, names = tuple(partition.mesh.values()), tuple(partition.mesh)
+    if devices is None:
+        abstract: Any = AbstractMesh
+        return abstract(sizes, names)
+    return Mesh(np.array(devices).reshape(sizes), names)

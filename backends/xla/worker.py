@@ -9,6 +9,8 @@ For each program of the job it leaves in the artifact's folder
 
 - ``NAME.stablehlo``: the portable truth, a serialized ``jax.export`` for the device's platform
   and the CPU, independent of the number of devices;
+- ``NAME.sharded.stablehlo``: the same for as many devices as the slice has, where the model is
+  annotated with how it is spread over them;
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
 - ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
   kernel module, for ``cuobjdump`` and its like.
@@ -31,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import hlo, partition, platforms, riegeli
+from trivium.backends.xla import hlo, partition, platforms, riegeli, sharding
 from trivium.backends.xla.platforms import Device
 from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     except TriviumError as error:
         result = {"error": _error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(_translated(error, job["target"]))}
+        result = {"error": _error_json(translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
@@ -96,7 +98,7 @@ def _error_json(error: TriviumError) -> Json:
     }
 
 
-def _translated(error: Exception, target: str) -> TriviumError:
+def translated(error: Exception, target: str) -> TriviumError:
     """The error of ours that says what one of jax's does, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
@@ -175,16 +177,26 @@ def build_program(
     exported_at = time.perf_counter()
 
     outputs = _outputs(lowered, exported)
-    split = partition.choose(lowered.inputs, outputs, len(devices), job.get("partition"))
+    wish = job.get("partition")
+    layout = sharding.read(model, len(devices)) if wish is None else None
+    if layout is None:
+        split = partition.choose(lowered.inputs, outputs, len(devices), wish)
+        split = partition.noting_annotations(split, model)
+    else:
+        split = partition.annotated(layout, model.graph, lowered.places)
     fits = partial(_require_fit, capacity=_capacity(job, len(devices)), target=job["target"])
     weights_bytes = sum(tensor.nbytes for tensor in lowered.weights.values())
-    fits({"weights": weights_bytes})
-    compiled = compile_export(exported, lowered, outputs, split, devices)
+    fits({"weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items())})
+    if layout is not None:
+        constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
+        exported = export(constrained, device, job["precision"], split)
+        (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
+    compiled = compile_export(exported, lowered, split, devices)
     compiled_at = time.perf_counter()
 
     text = compiled.as_text()
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
-    memory = _memory(compiled)
+    memory = memory_of(compiled)
     fits(memory)
     return {
         "inputs": [asdict(info) for info in lowered.inputs],
@@ -215,10 +227,19 @@ def _convolves_integers(model: ir.Model) -> bool:
     )
 
 
-def export(lowered: Any, device: Device, precision: str) -> Any:
+def constraints(layout: sharding.Layout, split: partition.Partition) -> dict[ir.Value, Any]:
+    """Return jax's sharding of every annotated value, over no devices in particular."""
+    mesh = partition.mesh_of(split)
+    return {value: partition.sharding(mesh, spec) for value, spec in layout.specs.items()}
+
+
+def export(
+    lowered: Any, device: Device, precision: str, split: partition.Partition | None = None
+) -> Any:
     """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU.
 
     Args:
+        split: How it is spread, if it is exported for as many devices as that says.
         precision: Of float32 products: ``highest`` computes them in float32; ``default`` lets a
             TPU round the factors to bfloat16 and a GPU to TF32; ``high`` is between.
     """
@@ -229,7 +250,8 @@ def export(lowered: Any, device: Device, precision: str) -> Any:
 
     names = [device.platform] if device.platform == "cpu" else [device.platform, "cpu"]
     with precise(), jax.default_matmul_precision(precision):
-        function = jax.jit(lowered.function)
+        spread = {} if split is None else in_and_out(split, partition.mesh_of(split), lowered)
+        function = jax.jit(lowered.function, **spread)
         return jax.export.export(function, platforms=names)(*avals(lowered))
 
 
@@ -257,32 +279,30 @@ def _outputs(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
 
 
 def compile_export(
-    exported: Any,
-    lowered: Any,
-    outputs: Sequence[TensorInfo],
-    split: partition.Partition,
-    devices: Sequence[Any],
+    exported: Any, lowered: Any, split: partition.Partition, devices: Sequence[Any]
 ) -> Any:
     """Compile an export for a mesh of devices, spread as the partition says."""
     import jax
-    import numpy as np
-    from jax.sharding import Mesh
 
     from trivium.backends.xla.lowering import precise
 
-    mesh = Mesh(np.array(devices), (partition.AXIS,))
-    given: Sequence[TensorInfo] = lowered.inputs
-    whole = partition.whole(mesh)
+    mesh = partition.mesh_of(split, devices)
     with precise():
-        program = jax.jit(
-            exported.call,
-            in_shardings=(
-                dict.fromkeys(lowered.weights, whole),
-                partition.shardings(split, mesh, given, "inputs"),
-            ),
-            out_shardings=partition.shardings(split, mesh, outputs, "outputs"),
-        )
+        program = jax.jit(exported.call, **in_and_out(split, mesh, lowered))
         return program.lower(*avals(lowered)).compile()
+
+
+def in_and_out(split: partition.Partition, mesh: Any, lowered: Any) -> dict[str, Any]:
+    """Return what jit is told of how arguments and results are spread."""
+    inputs = [info.name for info in lowered.inputs]
+    outputs = [info.name for info in lowered.outputs]
+    return {
+        "in_shardings": (
+            partition.shardings(mesh, lowered.weights, split.weights),
+            partition.shardings(mesh, inputs, split.inputs),
+        ),
+        "out_shardings": partition.shardings(mesh, outputs, split.outputs),
+    }
 
 
 def _flops(compiled: Any, text: str) -> float | None:
@@ -314,7 +334,7 @@ def _machine_code(compiled: Any, folder: Path) -> Json:
     }
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def memory_of(compiled: Any) -> dict[str, int]:
     """The compiler's own account of one device's memory, in bytes; the parts add up to all of it.
 
     What outputs share with donated arguments is counted in both, and so negative once.

@@ -46,12 +46,18 @@ class Lowered:
         return {name: tensor.numpy() for name, tensor in self.weights.items()}
 
 
-def lower(model: ir.Model, *, quantized: Mode = "integer") -> Lowered:
+def lower(
+    model: ir.Model,
+    *,
+    quantized: Mode = "integer",
+    shardings: Mapping[ir.Value, Any] | None = None,
+) -> Lowered:
     """Lower a model; nothing is read or traced yet.
 
     Args:
         quantized: What products do whose operands are dequantized: compute on the integers, on
             floats, or on floats with gradients straight through each quantization.
+        shardings: jax's sharding of values that have to be spread in a given way.
 
     Shapes need not be bound: they are taken from the arguments when the function is traced. Known
     inputs (numpy arrays instead of jax ones, outside jit) are folded like constants.
@@ -70,7 +76,9 @@ def lower(model: ir.Model, *, quantized: Mode = "integer") -> Lowered:
             env: Env = {value: weights[name] for name, value in named.items()}
             for value in arguments:
                 env[value] = _argument(value, given)
-            frame = Frame(env, model.graph.opset_imports, functions, mode=quantized)
+            frame = Frame(
+                env, model.graph.opset_imports, functions, mode=quantized, shardings=shardings or {}
+            )
             results = run_graph(model.graph, frame)
             names = [value.name or "" for value in model.graph.outputs]
             return {name: _result(r) for name, r in zip(names, results, strict=True)}

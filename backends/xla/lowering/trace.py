@@ -18,6 +18,7 @@ from trivium.backends.xla.lowering import registry
 from trivium.backends.xla.lowering.dtypes import numpy_dtype
 from trivium.backends.xla.lowering.fold import fold, is_known
 from trivium.backends.xla.lowering.functions import FunctionKey, body_of
+from trivium.backends.xla.lowering.lazy import jax
 from trivium.backends.xla.lowering.quantized import Mode, integer_product, straight_through
 from trivium.compiler.errors import TriviumError, Unsupported
 
@@ -35,6 +36,7 @@ class Frame:
         functions: The functions of the model.
         promised: Shapes that the caller declared for outputs of a function body.
         mode: How quantized products are lowered.
+        shardings: jax's sharding of the values that have to be spread in a given way.
     """
 
     env: Env
@@ -43,6 +45,7 @@ class Frame:
     attributes: Mapping[str, ir.Attr] = field(default_factory=dict)
     promised: Mapping[ir.Value, tuple[int, ...]] = field(default_factory=dict)
     mode: Mode = "integer"
+    shardings: Mapping[ir.Value, Any] = field(default_factory=dict)
 
     def opset(self, domain: str) -> int:
         """The version of a domain that is in force; its first if the model forgot to say."""
@@ -191,8 +194,16 @@ def run_graph(graph: ir.Graph | ir.Function, frame: Frame) -> tuple[Any, ...]:
         if node.op_type == "Constant" and node.outputs[0] in frame.env:
             continue
         results = run_node(node, frame)
-        frame.env.update(zip(node.outputs, results, strict=False))
+        for value, result in zip(node.outputs, results, strict=False):
+            frame.env[value] = _spread(result, frame.shardings.get(value))
     return tuple(frame.env[value] for value in graph.outputs)
+
+
+def _spread(result: Any, sharding: Any) -> Any:
+    """Hold a result to how it is to be spread; what is known is whole everywhere."""
+    if sharding is None or result is None or is_known(result):
+        return result
+    return jax.lax.with_sharding_constraint(result, sharding)
 
 
 def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:

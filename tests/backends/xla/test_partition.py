@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.backends.xla.partition import Partition, choose
+from trivium.backends.xla.partition import Partition, choose, noting_annotations
 from trivium.compiler.errors import BadInput
 from trivium.compiler.types import TensorInfo
 
@@ -26,9 +27,9 @@ def test_the_batch_is_spread_exactly_when_it_divides(batch: int, devices: int) -
         assert f"a batch of {batch} does not divide by {devices}" in split.note
     else:
         assert split.kind == "batch"
-        assert split.inputs["t0"] == 0
+        assert split.inputs["t0"] == [["batch"]]
         assert "t1" not in split.inputs
-        assert split.outputs["t0"] == 0
+        assert split.outputs["t0"] == [["batch"]]
         assert f"{batch // devices} of the batch of {batch}" in split.note
     assert Partition.from_json(split.to_json()) == split
 
@@ -40,3 +41,13 @@ def test_wishes_are_honoured_or_refused() -> None:
         choose(given_, made, 3, "batch")
     with pytest.raises(BadInput, match="no partition is called 'tensor'"):
         choose(given_, made, 4, "tensor")
+
+
+def test_annotations_that_are_not_used_are_noted() -> None:
+    model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=11)
+    alone, spread = choose(tensors((8, 3)), [], 1), choose(tensors((8, 3)), [], 4)
+    assert noting_annotations(spread, model) == spread
+    model.add_device_configuration("tp=8", num_devices=8)
+    expected = "the model's annotations for tp=8 are not used (one device computes all of it)"
+    assert noting_annotations(alone, model).note == expected
+    assert noting_annotations(spread, model).note.endswith("for tp=8 are not used (as asked)")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.backends.xla.lowering.lazy import jnp
+from trivium.backends.xla.lowering.lazy import jax, jnp
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
 
@@ -88,7 +88,8 @@ def tensor_scatter(op: Op, cache: Any, update: Any, indices: Any = None) -> Any:
     position = first[:, None] + jnp.arange(length)
     if op.attr("mode", "linear") == "circular":
         position = position % rows.shape[1]
-    rows = rows.at[jnp.arange(batch)[:, None], position].set(new)
+    # The batch as an axis of the scatter, not as indices: only so can XLA spread it over devices.
+    rows = jax.vmap(lambda cache, places, row: cache.at[places].set(row))(rows, position, new)
     return jnp.moveaxis(rows, 1, axis)
 
 
