@@ -200,7 +200,16 @@ def constant_of_shape(op: Op, target: Any) -> Any:
     sizes: Any = op.ints(0, target) if op.known(target) else op.shape()
     if sizes is None:
         raise op.needs(0)
-    return jnp.full(sizes, fill)
+    filled = jnp.full(sizes, fill)
+    if filled.size < _BARRIER:
+        return filled
+    # As the kernel of a convolution, a broadcast constant makes XLA's CPU compiler (jax 0.10.2)
+    # now and then emit a program that computes NaN; behind a barrier it is a buffer like others.
+    return lax.optimization_barrier(filled)
+
+
+_BARRIER = 1024
+"""Elements from which a filled tensor is kept from XLA's constant propagation."""
 
 
 @handles("Range", since=11, constants=(0, 1, 2))
