@@ -104,7 +104,7 @@ def _outcome(name: str, path: Path, column: Column) -> dict[str, Any]:
             )
         except trivium.TriviumError as error:
             return {"status": "refused" if error.exit_code in (2, 3) else "failed",
-                    "code": error.exit_code, "reason": str(error)[:400]}  # fmt: skip
+                    "code": error.exit_code, "reason": _told(error, path, folder)}  # fmt: skip
         verification = artifact.manifest["verification"]
     return {
         "status": verification["status"],
@@ -112,6 +112,11 @@ def _outcome(name: str, path: Path, column: Column) -> dict[str, Any]:
         "reason": verification["reason"],
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _told(error: Exception, path: Path, folder: str) -> str:
+    """An error without the paths of the machine that it was met on."""
+    return str(error).replace(str(path), path.name).replace(f"{folder}/", "")[:400]
 
 
 def _recipe(path: Path, column: Column) -> str:
