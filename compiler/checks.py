@@ -203,15 +203,7 @@ Rule = Callable[["ir.Node"], "str | None"]
 _RULES: dict[str, Rule] = {}
 
 
-def _rule(*op_types: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        for op_type in op_types:
-            if op_type in _RULES:
-                raise ValueError(f"{op_type} has a rule already")
-            _RULES[op_type] = rule
-        return rule
-
-    return register
+_rule = passing.entering(_RULES)
 
 
 def _check_constants(model: ir.Model, path: Path) -> None:

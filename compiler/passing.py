@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import onnx_ir as ir
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SMALL_BYTES = 1 << 20
+
+Entry = TypeVar("Entry")
 
 # What these libraries log while a pass of theirs runs is for their own developers. Without a
 # handler Python would print it; an application that configures logging still gets it.
@@ -361,3 +363,34 @@ def initializer(
     )
     graph.register_initializer(value)
     return value
+
+
+# --- tables of operators -------------------------------------------------------------------------
+
+
+def entering(table: dict[str, Entry]) -> Callable[..., Callable[[Entry], Entry]]:
+    """Return the decorator ``@enter(*op_types)`` that fills a table "operator -> something".
+
+    A second entry for an operator is a ``ValueError`` when its module is imported.
+    """
+
+    def enter(*op_types: str) -> Callable[[Entry], Entry]:
+        def register(entry: Entry) -> Entry:
+            for op_type in op_types:
+                if op_type in table:
+                    raise ValueError(f"two entries for {op_type}")
+                table[op_type] = entry
+            return entry
+
+        return register
+
+    return enter
+
+
+def opset_of(node: ir.Node) -> int:
+    """The version of a node's domain; a body does not know its model's, and normal form has one."""
+    from trivium.compiler.model import OPSET
+
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    imports = node.graph.opset_imports if node.graph is not None else {}
+    return imports.get(domain, OPSET if domain == "" else 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, constant
+from trivium.compiler.passing import attribute, constant, entering
 from trivium.passes.sequence import Kind, Sequence, rank
 
 ELEMENTWISE = frozenset(
@@ -36,17 +36,8 @@ RULES: dict[str, Rule] = {}
 """Operator of the standard domain -> its rule."""
 
 
-def rule(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators."""
-
-    def register(function: Rule) -> Rule:
-        for op_type in op_types:
-            if op_type in RULES:
-                raise ValueError(f"two rules for {op_type}")
-            RULES[op_type] = function
-        return function
-
-    return register
+rule = entering(RULES)
+"""Register a rule for operators."""
 
 
 def works_position_by_position(sequence: Sequence, node: ir.Node) -> bool:

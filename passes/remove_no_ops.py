@@ -14,6 +14,7 @@ from trivium.compiler.passing import (
     attribute,
     constant,
     dims,
+    entering,
     graph_of,
     is_op,
     producer,
@@ -26,15 +27,7 @@ Rule = Callable[[ir.Node], "ir.Value | None"]
 _RULES: dict[str, Rule] = {}
 
 
-def _rule(*op_types: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        for op_type in op_types:
-            if op_type in _RULES:
-                raise ValueError(f"{op_type} has a rule already")
-            _RULES[op_type] = rule
-        return rule
-
-    return register
+_rule = entering(_RULES)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from trivium.backends.fpga.values import (
 from trivium.compiler import passing
 from trivium.compiler.errors import Unsupported
 from trivium.compiler.model import tensor_info
+from trivium.compiler.passing import entering
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,17 +47,8 @@ OPERATOR_MODULES = ("operators", "product_operators", "pool_operators", "sum_ope
 """Where the operators are, by group; importing one fills the table."""
 
 
-def lowers(*op_types: str) -> Callable[[Handler], Handler]:
-    """Register how operators are lowered. Raises ``ValueError`` for a second claim on one."""
-
-    def register(handler: Handler) -> Handler:
-        for op_type in op_types:
-            if op_type in OPERATORS:
-                raise ValueError(f"two lowerings of {op_type}")
-            OPERATORS[op_type] = handler
-        return handler
-
-    return register
+lowers = entering(OPERATORS)
+"""Register how operators are lowered."""
 
 
 @dataclass(frozen=True)

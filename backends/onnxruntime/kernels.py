@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from trivium.compiler.onnx_api import one_line
+from trivium.compiler.passing import opset_of
 
 if TYPE_CHECKING:
     import onnx.defs
@@ -59,7 +60,7 @@ def refusal(node: ir.Node) -> str | None:
     rows = kernels.get((node.domain, node.op_type), ())
     if node.domain != "":
         return None if rows else f"{engine} has no operator {node.domain}::{node.op_type}"
-    opset = _opset(node)
+    opset = opset_of(node)
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
@@ -141,13 +142,3 @@ def _type_name(value: ir.Value) -> str:
     if isinstance(value.type, ir.OptionalType):
         return f"optional({inner})"
     return inner
-
-
-def _opset(node: ir.Node) -> int:
-    graph = node.graph
-    imports = graph.opset_imports if graph is not None else {}
-    if "" in imports:
-        return imports[""]
-    from trivium.compiler.model import OPSET
-
-    return OPSET

@@ -13,23 +13,14 @@ from importlib.resources import files
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, constant, dims, is_constant, scalar
+from trivium.compiler.passing import attribute, constant, dims, entering, is_constant, scalar
 
 _Check = Callable[[ir.Node], str | None]
 _CHECKS: dict[str, _Check] = {}
 
 
-def _check(*op_types: str) -> Callable[[_Check], _Check]:
-    """Register what the parser asks of some operators beyond their types."""
-
-    def register(check: _Check) -> _Check:
-        for op_type in op_types:
-            if op_type in _CHECKS:
-                raise ValueError(f"two checks for {op_type}")
-            _CHECKS[op_type] = check
-        return check
-
-    return register
+_check = entering(_CHECKS)
+"""Register what the parser asks of some operators beyond their types."""
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, is_constant
+from trivium.compiler.passing import attribute, entering, is_constant
 
 # fmt: off
 IMPORTED = frozenset(
@@ -65,17 +65,8 @@ _Check = Callable[[ir.Node], str | None]
 _CHECKS: dict[str, _Check] = {}
 
 
-def _check(*op_types: str) -> Callable[[_Check], _Check]:
-    """Register what the importer asks of some operators beyond knowing them."""
-
-    def register(check: _Check) -> _Check:
-        for op_type in op_types:
-            if op_type in _CHECKS:
-                raise ValueError(f"two checks for {op_type}")
-            _CHECKS[op_type] = check
-        return check
-
-    return register
+_check = entering(_CHECKS)
+"""Register what the importer asks of some operators beyond knowing them."""
 
 
 def refusal(node: ir.Node) -> str | None:

@@ -21,6 +21,7 @@ from trivium.compiler import shapes
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
+from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class XlaBackend:
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.xla.lowering import refusal
 
-        return refusal(node, _opset(node))
+        return refusal(node, opset_of(node))
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
         from trivium.backends.xla import cost
@@ -150,15 +151,6 @@ def write_model(model: ir.Model, folder: Path, name: str) -> None:
     finally:
         for value, tensor in kept.items():
             value.const_value = tensor
-
-
-def _opset(node: ir.Node) -> int:
-    """The version of a node's domain; a subgraph does not know its model's, and normal form has
-    one only.
-    """
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    imports = node.graph.opset_imports if node.graph is not None else {}
-    return imports.get(domain, models.OPSET if domain == "" else 1)
 
 
 def _check_options(options: Mapping[str, str]) -> float:

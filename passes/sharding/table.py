@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import constant
+from trivium.compiler.passing import constant, entering
 from trivium.passes.sharding.axes import Axes, Axis, rank, size, values_of
 
 Rule = Callable[[Axes, ir.Node], None]
@@ -18,17 +18,8 @@ RULES: dict[str, Rule] = {}
 """Operator of the standard domain -> its rule."""
 
 
-def rule(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators."""
-
-    def register(function: Rule) -> Rule:
-        for op_type in op_types:
-            if op_type in RULES:
-                raise ValueError(f"two rules for {op_type}")
-            RULES[op_type] = function
-        return function
-
-    return register
+rule = entering(RULES)
+"""Register a rule for operators."""
 
 
 def apply(axes: Axes, node: ir.Node) -> str | None:

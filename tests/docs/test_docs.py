@@ -24,7 +24,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     train, _, test, labels = digits.split()
     shutil.copyfile(digits.cnn(), tmp_path / "model.onnx")
     np.savez(tmp_path / "calib.npz", image=train[:128])
-    np.savez(tmp_path / "data.npz", image=train[:128])
     np.savez(tmp_path / "test.npz", image=test, y=labels)
     monkeypatch.chdir(tmp_path)
     return tmp_path
