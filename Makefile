@@ -16,7 +16,7 @@ setup: $(VENV)/.installed ## Make .venv with everything that the tests need
 $(VENV)/.installed: pyproject.toml requirements/lock.txt requirements/extra.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --constraint requirements/lock.txt --editable '.[all,dev,torch]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/extra.txt
 	touch $@
 
@@ -66,7 +66,7 @@ lock: ## Renew requirements/lock.txt from a fresh environment
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[all,dev]'
+	$(BIN)/python -m pip install --editable '.[all,dev,torch]'
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements/lock.txt
 
 clean: ## Remove what was built (not .venv)
