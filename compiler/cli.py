@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trivium {trivium.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for add in (_add_compiling, _add_choosing, _add_using, _add_listing):
+    for add in (_add_compiling, _add_choosing, _add_using, _add_generating, _add_listing):
         add(verbs)
     return parser
 
@@ -245,6 +245,37 @@ def _add_using(verbs: Verbs) -> None:
     verb = _verb(verbs, "verify", where, "compare an artifact with its reference again")
     _artifact(verb)
     verb.add_argument("--max-error", type=_positive, metavar="X")
+
+
+def _add_generating(verbs: Verbs) -> None:
+    where = "commands.generating"
+    verb = _verb(verbs, "generate", where, "continue prompts with a generator artifact")
+    _artifact(verb)
+    prompt = verb.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-ids", metavar="5,17", help="tokens instead of a text")
+    prompt.add_argument("--batch", metavar="FILE", help="a prompt each line, or JSON if .jsonl")
+    verb.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the output")
+    verb.add_argument(
+        "--logprobs", type=int, nargs="?", const=0, metavar="N", help="and of the N likeliest"
+    )
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument(
+        "--rows", type=_count, default=8, metavar="N", help="texts at once (default 8)"
+    )
+    verb.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="guess tokens from what was said before; the output is the same",
+    )
 
 
 def _add_listing(verbs: Verbs) -> None:
