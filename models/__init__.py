@@ -18,4 +18,5 @@ BUILDERS: dict[str, str] = {
     "phi3": "trivium.models.phi3:build",
     "qwen2": "trivium.models.llama:build_qwen2",
     "qwen3": "trivium.models.llama:build_qwen3",
+    "t5": "trivium.models.t5:build",
 }
