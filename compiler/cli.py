@@ -136,6 +136,10 @@ def _count(text: str) -> int:
     return number
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
 def _add_compiling(verbs: Verbs) -> None:
     where = "commands.compiling"
     verb = _verb(verbs, "compile", where, "compile a model for a target and verify the result")
@@ -150,6 +154,21 @@ def _add_compiling(verbs: Verbs) -> None:
     )
     verb.add_argument("--option", action="append", default=[], metavar="K=V", help="to the backend")
     verb.add_argument("--seed", type=int, default=0, help="of drawn inputs (default 0)")
+    verb.add_argument(
+        "--generator",
+        action=argparse.BooleanOptionalAction,
+        help="give a decoder a KV cache, so that it generates (default: checkpoint folders)",
+    )
+    verb.add_argument(
+        "--context", type=_count, metavar="N", help="tokens of a generator's sequences, at most"
+    )
+    verb.add_argument(
+        "--prefill",
+        type=_counts,
+        default=(),
+        metavar="N,M",
+        help="new tokens of a generator's prefill programs, where they are fixed",
+    )
     verb.add_argument("--no-cache", action="store_true", help="compile even if an equal one exists")
     verb.add_argument("--dry-run", action="store_true", help="passes and prediction, no build")
     verb.add_argument("-o", "--out", metavar="OUT", help="artifact folder (default MODEL.TARGET)")
