@@ -213,7 +213,7 @@ def _verify(
     write_manifest(folder, pending)
     try:
         with blaming(f"backend {job.backend.name}"):
-            executable = Artifact.open(folder, checked=False).load()
+            executable = Artifact.open(folder, checked=False).load_to_verify()
             actual = [executable.run(feed) for feed in feeds]
     except ToolchainMissing as error:
         return verify.Verification("not-run", str(error), compared=compared)
