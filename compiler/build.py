@@ -242,7 +242,7 @@ def _verify(
     try:
         with blaming(f"backend {job.backend.name}"):
             artifact = Artifact.open(folder, checked=False)
-            executable = artifact.load()
+            executable = artifact.load_to_verify()
             actual = verify.outputs_of(artifact, executable, feeds)
     except ToolchainMissing as error:
         return verify.Verification("not-run", str(error), compared=compared)
