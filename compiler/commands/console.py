@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,28 @@ def progress() -> Iterator[Progress]:
             bars.update(task, description=stage, visible=time.monotonic() - started > _QUIET_S)
 
         yield show
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for ``(done, total)``: a bar on a terminal, else a line if it took long."""
+    if not sys.stderr.isatty():
+        started, seen = time.monotonic(), [0, 0]
+
+        def note(done: int, total: int) -> None:
+            seen[:] = done, total
+
+        yield note
+        took = time.monotonic() - started
+        if took > _QUIET_S:
+            print(f"{what}: {seen[0]} of {seen[1]}, {took:.1f} s", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 class _StageLog:
