@@ -279,12 +279,8 @@ def _add_using(verbs: Verbs) -> None:
 
     verb = _verb(verbs, "eval", where, "measure quality on data")
     verb.add_argument("path", metavar="MODEL|ARTIFACT")
-    verb.add_argument(
-        "--data", required=True, metavar="FILE", help=".npz with x and y, or .npy ids"
-    )
-    verb.add_argument(
-        "--metric", choices=("accuracy", "perplexity", "cosine", "mse"), default="accuracy"
-    )
+    _data(verb)
+    verb.add_argument("--against", metavar="MODEL", help="take this model's outputs for y")
     verb.add_argument("--window", type=_count, default=256, help="tokens, for perplexity")
 
     verb = _verb(verbs, "inspect", where, "say what a model or an artifact is")
@@ -329,6 +325,18 @@ def _shape(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=1x128",
         help="bind an input's shape, or a symbolic dimension (DIM=128)",
+    )
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
+    )
+    parser.add_argument(
+        "--metric",
+        default="accuracy",
+        metavar="NAME",
+        help="accuracy (default), perplexity, cosine, mse, or map:NAME, a function of yours",
     )
 
 
