@@ -193,6 +193,7 @@ class Built:
         details: Whatever else belongs into the manifest, JSON-serializable.
         notes: What could not be done here, and why.
         generator: How to drive it, where that is not as it was asked for.
+        parts: What each part holds, of a model that has several (`trivium.compiler.parts`).
     """
 
     programs: tuple[Program, ...]
@@ -201,6 +202,7 @@ class Built:
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     generator: Generator | None = None
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
