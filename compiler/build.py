@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import trivium
 from trivium.compiler import cache, parts, reference, samples, verify
 from trivium.compiler import model as models
+from trivium.compiler import recipe as recipes
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
@@ -120,7 +121,9 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     feeds, source, no_reference = job.run_reference()
 
     progress(f"recipe {job.recipe.name}")
-    applied = run_recipe(model, job.recipe, job.context(feeds))
+    # What has to see the caches of a generator runs after they are made, and changes no number.
+    before, after = recipes.split(job.recipe)
+    applied = run_recipe(model, before, job.context(feeds))
     tolerance = verify.tolerance_for(model)
     inputs, outputs = models.signature(model)
     signature = {
@@ -135,12 +138,13 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     samples = Samples(feeds, expected)
     generator: Generator | None = None
     inserted: list[Applied] = []
-    pieces = parts.split(model)
-    if pieces:
+    if parts.PARTS in model.metadata_props:
+        applied += recipes.run(after, model, job.context(feeds))
+        pieces = parts.split(model)
         prepared, built, estimate = _build_parts(folder, job, pieces, samples, progress)
     else:
         generator, workload, inserted = generating.prepare(model, job)
-        applied += inserted
+        applied += inserted + recipes.run(after, model, job.context(feeds))
         prepared = _legalize([model], job, workload, progress)[0]
         step = prepared if generator is None else generating.one_step(prepared, generator)
         estimate = predict(step, job.target)

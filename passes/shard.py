@@ -43,6 +43,7 @@ class Shard(Pass):
 
     name: ClassVar[str] = "shard"
     preserves: ClassVar[Preserves] = "exact"
+    sees_caches: ClassVar[bool] = True
 
     mesh: str = option("", "How many devices along which axis: dp=2,tp=4; empty does nothing")
 

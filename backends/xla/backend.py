@@ -21,6 +21,7 @@ from trivium.compiler import shapes
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -37,6 +38,7 @@ class XlaBackend:
     """XLA for TPU, NVIDIA GPU and CPU."""
 
     name = "xla"
+    cache_form = "static"
 
     def available(self) -> str | None:
         return platforms.missing()
@@ -63,7 +65,13 @@ class XlaBackend:
         platforms.require(device.platform, target.name)
         deadline = _check_options(request.options)
         precision = request.options.get("precision", _PRECISIONS[0])
-        cases = {_case_name(case): dict(case.dims) for case in shapes.each(request.workload)}
+        generator = request.generator
+        each = shapes.each(request.workload)
+        names = [role.program for role in generator.programs] if generator else []
+        cases = {
+            name: dict(case.dims)
+            for name, case in zip(names or map(_case_name, each), each, strict=True)
+        }
         shapes.require_static(_without_buckets(model, request.workload), "XLA")
         write_model(model, request.folder, MODEL)
         job = {
@@ -76,6 +84,7 @@ class XlaBackend:
             "partition": request.options.get("partition"),
             "precision": precision,
             "verified": bool(request.expected),
+            "caches": [cache.past for cache in generator.caches] if generator else [],
         }
         result = process.run(job, platforms.environment(device), deadline)
         return Built(
@@ -96,12 +105,23 @@ class XlaBackend:
 
     def load(self, artifact: Artifact) -> Executable:
         from trivium.backends.xla.executable import XlaExecutable
+        from trivium.backends.xla.generating import XlaDecoder
 
-        return self._loaded(artifact, XlaExecutable)
+        def load(artifact: Artifact) -> Executable:
+            executable = XlaExecutable(artifact)
+            if artifact.generator is None:
+                return executable
+            decoder = XlaDecoder(artifact.generator, executable)
+            return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target)
+
+        return self._loaded(artifact, load)
 
     def load_to_verify(self, artifact: Artifact) -> Executable:
         """Load what is spread over devices that are not here onto simulated ones."""
         from trivium.backends.xla import executable, simulation
+
+        if artifact.generator is not None:
+            return self.load(artifact)
 
         def load(artifact: Artifact) -> Executable:
             details = artifact.manifest["details"]["xla"]

@@ -50,9 +50,15 @@ class XlaExecutable:
         stored = weights.arrays(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
         self._spread: dict[str, Any] = {}
+        generator = artifact.generator
+        self.caches = [cache.past for cache in generator.caches] if generator is not None else []
         self._programs = [
             (program.inputs, self._load(artifact.path, program)) for program in artifact.programs
         ]
+        self.named = {
+            program.name: function
+            for program, (_, function) in zip(artifact.programs, self._programs, strict=True)
+        }
         self.inputs: Sequence[TensorInfo] = artifact.inputs
         self._place(stored)
 
@@ -101,10 +107,16 @@ class XlaExecutable:
         mesh = partition.mesh_of(split, self._devices[: split.devices])
         self._whole = partition.sharding(mesh, [])
         self._spread |= partition.shardings(mesh, split.weights, split.weights)
-        names = [info.name for info in program.inputs]
+        names = [info.name for info in program.inputs if info.name not in self.caches]
         given = partition.shardings(mesh, names, split.inputs)
+        if not self.caches:
+            with precise():
+                return jax.jit(exported.call, in_shardings=(None, given))
+        self.held = partition.shardings(mesh, self.caches, split.inputs)
         with precise():
-            return jax.jit(exported.call, in_shardings=(None, given))
+            return jax.jit(
+                exported.call, in_shardings=(None, given, self.held), donate_argnums=(2,)
+            )
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
@@ -115,6 +127,16 @@ class XlaExecutable:
             for name, array in stored.items():
                 where = self._spread.get(name, self._whole)
                 self._weights[name] = jax.device_put(array, where)
+
+    @property
+    def program_inputs(self) -> Sequence[TensorInfo]:
+        """Of the first program; the others take the same in other sizes."""
+        return self._programs[0][0]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """On the devices, by name."""
+        return self._weights
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
