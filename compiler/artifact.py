@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler import files, plugins
 from trivium.compiler import manifest as manifests
 from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.generator import Generator
 from trivium.compiler.types import Program, TensorInfo
 
 if TYPE_CHECKING:
@@ -101,6 +102,12 @@ class Artifact:
             )
             for one in self.manifest["programs"]
         )
+
+    @property
+    def generator(self) -> Generator | None:
+        """How to drive it token by token; None if it is no generator."""
+        table = self.manifest["generator"]
+        return Generator.from_json(table) if table is not None else None
 
     def load(self) -> Executable:
         """Load it onto its target, or the nearest stand-in here; see ``Backend.load``."""
