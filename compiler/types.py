@@ -31,6 +31,10 @@ class Target:
         peak_ops: Dense operations per second by dtype (``float32``, ``bfloat16``, ``int8``, ...).
         launch_s: Cost of starting one kernel, seconds.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
+        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
+            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
+            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
+            collective, and the ``efficiency`` that was measured.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.
@@ -48,6 +52,7 @@ class Target:
     on_chip_bytes: float | None = None
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
+    interconnect: Mapping[str, float] = field(default_factory=dict)
     watts: float | None = None
     idle_watts: float | None = None
     usd_per_hour: float | None = None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.xla import platforms, process, weights
+from trivium.compiler import links, shapes
 from trivium.compiler import model as models
-from trivium.compiler import shapes
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
@@ -39,6 +39,8 @@ class XlaBackend:
 
     name = "xla"
     cache_form = "static"
+    spreads = True
+    """It follows a model's annotations of how it is spread over the devices of a slice."""
 
     def available(self) -> str | None:
         return platforms.missing()
@@ -47,7 +49,12 @@ class XlaBackend:
         return platforms.versions()
 
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
-        return ()
+        """Where there are several devices and nobody has said how to use them, pick a mesh."""
+        if links.devices_of(target) == 1:
+            return ()
+        from trivium.passes.shard import Shard
+
+        return (Shard(target=target, backend=self.name),)
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.xla.lowering import refusal
