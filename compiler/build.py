@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def compile(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
@@ -66,7 +66,7 @@ def compile(
         recipe: The passes to run between normal form and the backend.
         shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension, ``DIM=16,64`` for
             one that takes several sizes.
-        calibration: Representative inputs: an ``.npz`` file, or feeds.
+        calibration: Representative inputs: an ``.npz`` file, a folder of them, or feeds.
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backend.
@@ -373,7 +373,7 @@ def dry_run(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     seed: int = 0,
 ) -> DryRun:
     """Run the passes and the cost model, build nothing."""
