@@ -15,7 +15,8 @@ from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
-from trivium.compiler.job import Job, resolve
+from trivium.compiler.generation import compiling as generating
+from trivium.compiler.job import Generating, Job, resolve
 from trivium.compiler.prepare import (
     Prepared,
     Progress,
@@ -44,6 +45,9 @@ def compile(
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    generator: bool | None = None,
+    context: int | None = None,
+    prefill: Sequence[int] = (),
     use_cache: bool = True,
     progress: Progress = silent,
 ) -> Artifact:
@@ -61,6 +65,10 @@ def compile(
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backend.
+        generator: Whether to give a decoder caches, so that it generates token by token; by
+            default those of checkpoint folders whose sequence is not bound by ``shape``.
+        context: How many tokens a generator's sequences may have.
+        prefill: How many new tokens its prefill programs take, where an engine needs it fixed.
         use_cache: Whether an equal earlier compile may be reused.
         progress: Called with the name of each stage as it begins.
 
@@ -77,6 +85,7 @@ def compile(
         max_error=max_error,
         seed=seed,
         options=options,
+        generating=Generating(generator, context, tuple(sorted(set(prefill)))),
         progress=progress,
     )
     place = Path(out) if out is not None else Path(default_name(job.source, job.target))
@@ -109,31 +118,47 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     progress(f"recipe {job.recipe.name}")
     applied = run_recipe(model, job.recipe, job.context(feeds))
     tolerance = verify.tolerance_for(model)
+    inputs, outputs = models.signature(model)
+    signature = {
+        "inputs": [asdict(info) for info in inputs],
+        "outputs": [asdict(info) for info in outputs],
+    }
     optimized = source
     if job.recipe.preserves == "lossy" and source is not None:
         optimized = reference.run_model(model, feeds)
 
+    generator, workload, inserted = generating.prepare(model, job)
+    applied += inserted
+
     progress(f"legalizing for {job.backend.name}")
-    prepared = legalize(model, job.backend, job.target, job.workload)
+    prepared = legalize(model, job.backend, job.target, workload)
     if prepared.refusals:
         raise refused(prepared, job.target)
-    estimate = predict(prepared, job.target)
+    step = prepared if generator is None else generating.one_step(prepared, generator)
+    estimate = predict(step, job.target)
 
     progress(f"building with {job.backend.name}")
     expected = optimized.outputs if optimized is not None and not random else ()
     request = BuildRequest(
         job.target,
-        job.workload,
+        workload,
         folder,
         samples=feeds,
         expected=expected,
         options=job.options,
         estimate=estimate,
+        generator=generator,
     )
     with blaming(f"backend {job.backend.name}"):
         built = job.backend.build(model, request)
     (folder / "recipe.lock.toml").write_text(job.lock(), encoding="utf-8")
     manifest = _manifest(job, prepared, built, estimate, applied)
+    if generator is not None:
+        generating.carry_files(job.source, folder)
+        manifest["generator"] = (built.generator or generator).to_json()
+        if inserted:
+            # It runs on what the source runs on; its caches are its own affair.
+            manifest |= signature
 
     progress("verifying")
     if source is None or optimized is None:
@@ -141,6 +166,8 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     elif random:
         verification = verify.Verification("not-run", "the model draws random numbers")
     else:
+        if generator is not None and inserted:
+            source, optimized = generating.logits_of(generator, feeds, source, optimized)
         verification = _verify(folder, job, manifest, feeds, source, optimized, tolerance)
     if verification.status == "failed":
         raise AccuracyFailed(
@@ -171,9 +198,9 @@ def _manifest(
         },
         "toolchain": job.backend.toolchain(),
         "workload": {
-            "dims": dict(job.workload.dims),
-            "shapes": dict(job.workload.shapes),
-            "buckets": dict(job.workload.buckets),
+            "dims": dict(prepared.workload.dims),
+            "shapes": dict(prepared.workload.shapes),
+            "buckets": dict(prepared.workload.buckets),
         },
         "inputs": [asdict(info) for info in prepared.inputs],
         "outputs": [asdict(info) for info in prepared.outputs],
@@ -182,6 +209,7 @@ def _manifest(
         "memory": dict(built.memory),
         "details": dict(built.details),
         "estimate": estimate_json(estimate),
+        "generator": None,
         "notes": [*models.notes_of(job.model), *built.notes],
     }
 
@@ -213,8 +241,9 @@ def _verify(
     write_manifest(folder, pending)
     try:
         with blaming(f"backend {job.backend.name}"):
-            executable = Artifact.open(folder, checked=False).load()
-            actual = [executable.run(feed) for feed in feeds]
+            artifact = Artifact.open(folder, checked=False)
+            executable = artifact.load_to_verify()
+            actual = verify.outputs_of(artifact, executable, feeds)
     except ToolchainMissing as error:
         return verify.Verification("not-run", str(error), compared=compared)
     return verify.judge(

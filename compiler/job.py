@@ -26,6 +26,23 @@ if TYPE_CHECKING:
 
     from trivium.compiler.backend import Backend, Tensors
 
+
+@dataclass(frozen=True)
+class Generating:
+    """What is asked of a compile of a decoder.
+
+    Attributes:
+        wanted: Whether to make a generator of it; None: of a checkpoint folder that holds a
+            decoder, and of a graph that has caches.
+        context: How many tokens a sequence may have; None: as many as the model has positions.
+        prefill: How many new tokens the prefill programs take, for engines that need it fixed.
+    """
+
+    wanted: bool | None = None
+    context: int | None = None
+    prefill: tuple[int, ...] = ()
+
+
 SAMPLES = 2
 """How many feeds a compile is verified on."""
 
@@ -50,6 +67,7 @@ class Job:
     max_error: float | None
     seed: int
     options: Mapping[str, str]
+    generating: Generating
     sha256: str
     key: str
 
@@ -116,6 +134,7 @@ def resolve(
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    generating: Generating = Generating(),
     progress: Progress = silent,
 ) -> Job:
     """Find, load and check everything that a compile is asked for; see `build.compile`."""
@@ -144,6 +163,7 @@ def resolve(
         "calibration": samples.digest(calibration) if calibration is not None else None,
         "max_error": max_error,
         "options": dict(sorted((options or {}).items())),
+        "generating": repr(generating),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Job(
@@ -157,6 +177,7 @@ def resolve(
         max_error=max_error,
         seed=seed,
         options=dict(options or {}),
+        generating=generating,
         sha256=sha256,
         key=key,
     )

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from trivium.compiler.generator import Generator
 
 Family = Literal["cpu", "gpu", "tpu", "fpga"]
 Bound = Literal["compute", "memory", "launch", "link", "none"]
@@ -189,6 +192,7 @@ class Built:
         memory: ``weights_bytes``, ``peak_bytes``, ``per_device_bytes`` as far as known.
         details: Whatever else belongs into the manifest, JSON-serializable.
         notes: What could not be done here, and why.
+        generator: How to drive it, where that is not as it was asked for.
     """
 
     programs: tuple[Program, ...]
@@ -196,6 +200,7 @@ class Built:
     memory: Mapping[str, float | None] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    generator: Generator | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.artifact import Artifact
+    from trivium.compiler.backend import Executable
 
 Status = Literal["passed", "failed", "not-run"]
 
@@ -266,6 +267,19 @@ def read_samples(path: Any) -> list[dict[str, Any]]:
     return [samples[index] for index in sorted(samples)]
 
 
+def outputs_of(
+    artifact: Artifact, executable: Executable, feeds: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Run an artifact on samples; a generator as it generates: by prefill, then token by token."""
+    from trivium.compiler.generation import compiling as generating
+
+    generator = artifact.generator
+    if generator is None or not generating.is_driven(generator, artifact.inputs):
+        return [executable.run(feed) for feed in feeds]
+    decoder = executable.generator()  # type: ignore[attr-defined]  # those of generators have it
+    return [generating.driven_logits(decoder, generating.rows_of(generator, f)) for f in feeds]
+
+
 def verify(artifact: Artifact, *, max_error: float | None = None) -> Verification:
     """Run an artifact again on the samples that it carries and judge it as its compile did.
 
@@ -279,8 +293,8 @@ def verify(artifact: Artifact, *, max_error: float | None = None) -> Verificatio
     source = read_samples(artifact.path / SOURCE)
     path = artifact.path / OPTIMIZED
     optimized = read_samples(path) if path.is_file() else source
-    executable = artifact.load()
-    actual = [executable.run(feed) for feed in feeds]
+    executable = artifact.load_to_verify()
+    actual = outputs_of(artifact, executable, feeds)
     compared = {**(manifest["compared"] or {}), "where": executable.where}
     gate = max_error if max_error is not None else compared.get("max_error")
     return judge(

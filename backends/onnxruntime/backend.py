@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from trivium.backends.onnxruntime import generating
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed
+from trivium.compiler.generation.compiling import is_driven
+from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
@@ -22,6 +25,7 @@ class OnnxRuntimeBackend:
     """ONNX Runtime's CPU execution provider."""
 
     name = "onnxruntime"
+    cache_form = "growing"
 
     def available(self) -> str | None:
         return None
@@ -50,8 +54,10 @@ class OnnxRuntimeBackend:
         return cost.estimate(model, target, workload)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
-        files = models.save(model, request.folder / "model.onnx")
         inputs, outputs = models.signature(model)
+        if request.generator is not None:
+            generating.default_to_last(model, request.generator)
+        files = models.save(model, request.folder / "model.onnx")
         _session(str(files[0]))
         return Built(
             programs=(Program("main", "model.onnx", inputs, outputs),),
@@ -59,7 +65,13 @@ class OnnxRuntimeBackend:
         )
 
     def load(self, artifact: Artifact) -> Executable:
-        return OnnxRuntimeExecutable(artifact)
+        executable = OnnxRuntimeExecutable(artifact)
+        generator = artifact.generator
+        if generator is None:
+            return executable
+        decoder = generating.OnnxRuntimeDecoder(generator, executable.session, executable.where)
+        plain = None if is_driven(generator, artifact.inputs) else executable.run
+        return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
 
 
 def _session(path: str) -> Any:
@@ -81,14 +93,14 @@ class OnnxRuntimeExecutable:
     def __init__(self, artifact: Artifact) -> None:
         program = artifact.programs[0]
         self.inputs: Sequence[TensorInfo] = program.inputs
-        self._session = _session(str(artifact.path / program.file))
+        self.session = _session(str(artifact.path / program.file))
         self._outputs = [info.name for info in program.outputs]
         self.where = f"ONNX Runtime {artifact.backend.toolchain()['onnxruntime']} on this CPU"
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         ready = conform_feeds(feeds, self.inputs)
         try:
-            results = self._session.run(self._outputs, ready)
+            results = self.session.run(self._outputs, ready)
         except Exception as error:  # as above
             raise BackendFailed(one_line(error), about="onnxruntime") from error
         return dict(zip(self._outputs, results, strict=True))

@@ -10,7 +10,7 @@ and no run on a CPU would show it) and ``deadline=SECONDS``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,7 @@ class XlaBackend:
             "memory_bytes": target.memory_bytes,
             "partition": request.options.get("partition"),
             "precision": precision,
+            "verified": bool(request.expected),
         }
         result = process.run(job, platforms.environment(device), deadline)
         return Built(
@@ -96,9 +97,29 @@ class XlaBackend:
     def load(self, artifact: Artifact) -> Executable:
         from trivium.backends.xla.executable import XlaExecutable
 
+        return self._loaded(artifact, XlaExecutable)
+
+    def load_to_verify(self, artifact: Artifact) -> Executable:
+        """Load what is spread over devices that are not here onto simulated ones."""
+        from trivium.backends.xla import executable, simulation
+
+        def load(artifact: Artifact) -> Executable:
+            details = artifact.manifest["details"]["xla"]
+            if not simulation.devices_of(artifact) or executable.is_here(details):
+                return executable.XlaExecutable(artifact)
+            reason = simulation.hindrance(artifact)
+            if reason is None:
+                return simulation.Simulation(artifact)
+            alone = executable.XlaExecutable(artifact)
+            alone.where += f"; not run as it is spread over devices: {reason}"
+            return alone
+
+        return self._loaded(artifact, load)
+
+    def _loaded(self, artifact: Artifact, load: Callable[[Artifact], Executable]) -> Executable:
         platforms.require("cpu", str(artifact.path))
         try:
-            return XlaExecutable(artifact)
+            return load(artifact)
         except KeyError as error:
             raise BadInput(
                 f"its manifest lacks {error}",

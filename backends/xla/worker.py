@@ -11,6 +11,8 @@ For each program of the job it leaves in the artifact's folder
   and the CPU, independent of the number of devices;
 - ``NAME.sharded.stablehlo``: the same for as many devices as the slice has, where the model is
   annotated with how it is spread over them;
+- ``NAME.simulated.stablehlo``: the same once more for as few devices as a CPU can simulate, where
+  they are too many and the program is to be verified;
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
 - ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
   kernel module, for ``cuobjdump`` and its like.
@@ -56,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         result = build(job)
     except TriviumError as error:
-        result = {"error": _error_json(error)}
+        result = {"error": error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(translated(error, job["target"]))}
+        result = {"error": error_json(translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
@@ -86,7 +88,8 @@ def _end_with(caller: int) -> None:
             sys.exit(1)
 
 
-def _error_json(error: TriviumError) -> Json:
+def error_json(error: TriviumError) -> Json:
+    """An error as JSON, for `process.raised`."""
     # The lowering has subclasses of its own, which the caller need not know.
     kind = next(one for one in type(error).__mro__ if one.__module__ == TriviumError.__module__)
     return {
@@ -191,6 +194,15 @@ def build_program(
         constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
         exported = export(constrained, device, job["precision"], split)
         (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
+    simulated = None
+    if job["verified"] and split.kind not in ("single", "replicated"):
+        small = partition.reduced(split)
+        simulated = _simulated(name, split, small, lowered)
+        if layout is not None and small != split:
+            again = lower(model, quantized=mode, shardings=constraints(layout, small))
+            exported_small = export(again, Device("cpu"), job["precision"], small)
+            (folder / simulated["file"]).write_bytes(exported_small.serialize())
+    exported_again_at = time.perf_counter()
     compiled = compile_export(exported, lowered, split, devices)
     compiled_at = time.perf_counter()
 
@@ -203,6 +215,7 @@ def build_program(
         "outputs": [asdict(info) for info in outputs],
         "quantized_products": mode,
         "partition": split.to_json(),
+        "simulated": simulated,
         "memory": memory,
         "weights_bytes": weights_bytes,
         "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
@@ -211,7 +224,22 @@ def build_program(
         "collectives": hlo.collectives(text),
         "compiler_flops": _flops(compiled, text),
         "trace_seconds": round(exported_at - started, 3),
-        "compile_seconds": round(compiled_at - exported_at, 3),
+        "compile_seconds": round(compiled_at - exported_again_at, 3),
+    }
+
+
+def _simulated(
+    name: str, split: partition.Partition, small: partition.Partition, lowered: Any
+) -> Json:
+    """What `simulation` runs of a program that is spread: its export if it is another, how that
+    is spread, and the bytes of all shards of the weights together.
+    """
+    kind = "sharded" if small == split else "simulated"
+    copies = {n: small.devices // small.shards(n) for n in lowered.weights}
+    return {
+        "file": f"{name}.{kind}.stablehlo" if split.kind == "annotated" else None,
+        "partition": small.to_json(),
+        "bytes": sum(tensor.nbytes * copies[n] for n, tensor in lowered.weights.items()),
     }
 
 

@@ -30,6 +30,9 @@ def compile(arguments: argparse.Namespace) -> int:
             max_error=arguments.max_error,
             seed=arguments.seed,
             options=_options(arguments.option),
+            generator=arguments.generator,
+            context=arguments.context,
+            prefill=arguments.prefill,
             use_cache=not arguments.no_cache,
             progress=progress,
         )

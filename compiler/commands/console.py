@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _QUIET_S = 1.0
 """Work shorter than this shows no progress."""
 
+_LINE_S = 10.0
+"""Seconds between two lines of a training's log."""
+
 
 def print_json(document: Any) -> None:
     """Print one JSON document; NaN and infinity have no place in it."""
@@ -52,6 +55,44 @@ def progress() -> Iterator[Progress]:
             bars.update(task, description=stage, visible=time.monotonic() - started > _QUIET_S)
 
         yield show
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """Yield a callback that shows how far a training is, with its figures.
+
+    On a terminal a bar; otherwise a line now and then.
+    """
+    if not sys.stderr.isatty():
+        yield _StepLog()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (BarColumn(), MofNCompleteColumn(), Left(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("preparing", total=None)
+
+        def show(step: int, steps: int, figures: Mapping[str, float]) -> None:
+            bars.update(task, completed=step, total=steps, description=_figures(figures))
+
+        yield show
+
+
+class _StepLog:
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def __call__(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self._said > _LINE_S or step == steps:
+            print(f"update {step}/{steps}: {_figures(figures)}", file=sys.stderr, flush=True)
+            self._said = now
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 @contextmanager

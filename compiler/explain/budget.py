@@ -4,7 +4,7 @@ Each layer chooses a recipe or stays float. What a choice costs is the noise tha
 the model's output (noise of many small errors adds up); what it gains is what the target's cost
 model says is lost when the layer is taken out of the recipe. For a ladder of noise limits the
 knapsack is solved exactly; each solution is priced as the whole graph that it is, and evaluated on
-the data. The fastest that keeps the limit becomes a recipe, which is then run for real and evaluated
+the data. The fastest that keeps the limit becomes a recipe, which is run for real and evaluated
 again.
 """
 

@@ -1,8 +1,8 @@
 """Models made to be asked: one that measures all noise in one run, one of switchable layers.
 
 `measuring` puts the graphs before and after side by side, with a copy of every changed layer that
-reads the values of the one before, and sums squares inside the graph: however many layers there are,
-what comes out is a few scalars for each, and no tensor is kept.
+reads the values of the one before, and sums squares inside the graph: however many layers there
+are, what comes out is a few scalars for each, and no tensor is kept.
 
 `switchable` makes every changed layer an If between what it was and what each recipe made of it.
 One session then answers for any choice of layers and recipes, at the price of one run.

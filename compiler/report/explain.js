@@ -89,7 +89,7 @@ const noiseFigure = {
 
 function drawLayers(blame) {
   const rows = [...blame.layers].filter(layer => layer.output_noise).sort((a, b) => b.output_noise - a.output_noise).slice(0, 30);
-  bars(byId("layers"), rows.map(layer => ({ ...layer, target: layer.name, backend: layer.op_type, recipe: "", feasible: true, family: "accent" })), noiseFigure, tip);
+  bars(byId("layers"), rows.map(layer => ({ ...layer, target: layer.name, backend: layer.op_type, recipe: "none", feasible: true, family: "accent" })), noiseFigure, tip);
 }
 
 function drawBudget() {
