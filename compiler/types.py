@@ -26,7 +26,10 @@ class Target:
         name: ``vendor-device`` or ``vendor-device:slice``, as on the command line.
         backends: Names of the backends that serve it, the default first.
         peak_ops: Dense operations per second by dtype (``float32``, ``bfloat16``, ``int8``, ...).
+        on_chip_parts: Caches that each keep a copy of what all units read.
         launch_s: Cost of starting one kernel, seconds.
+        base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
+            ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
@@ -43,12 +46,14 @@ class Target:
     memory_bytes: float | None = None
     memory_bytes_per_s: float | None = None
     on_chip_bytes: float | None = None
+    on_chip_parts: int = 1
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
     watts: float | None = None
     idle_watts: float | None = None
     usd_per_hour: float | None = None
     clock_hz: float | None = None
+    base_clock_hz: float | None = None
     units: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     chips: int = 1
