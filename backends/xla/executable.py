@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import partition, weights
+from trivium.backends.xla import partition, platforms, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -77,17 +77,24 @@ class XlaExecutable:
         names = [info.name for info in program.inputs]
         given = partition.shardings(mesh, names, split.inputs)
         with precise():
-            return jax.jit(exported.call, in_shardings=(None, given))
+            return jax.jit(
+                exported.call,
+                in_shardings=(None, given),
+                compiler_options=platforms.compiler_options(self._devices[0].platform),
+            )
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
 
-        from trivium.backends.xla.lowering import precise
+        from trivium.backends.xla.lowering import packing, precise
 
+        # The order of axes is the model's doing, and so the same in all programs.
+        orders = next(iter(self._details["programs"].values())).get("packed", {})
         with precise():
             for name, array in stored.items():
                 where = self._spread.get(name, self._whole)
-                self._weights[name] = jax.device_put(array, where)
+                packed = packing.packed(array, orders.get(name))
+                self._weights[name] = jax.device_put(packed, where)
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
