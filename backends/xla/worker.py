@@ -11,6 +11,8 @@ For each program of the job it leaves in the artifact's folder
   and the CPU, independent of the number of devices;
 - ``NAME.sharded.stablehlo``: the same for as many devices as the slice has, where the model is
   annotated with how it is spread over them;
+- ``NAME.simulated.stablehlo``: the same once more for as few devices as a CPU can simulate, where
+  they are too many and the program is to be verified;
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
 - ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
   kernel module, for ``cuobjdump`` and its like.
@@ -56,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         result = build(job)
     except TriviumError as error:
-        result = {"error": _error_json(error)}
+        result = {"error": error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(translated(error, job["target"]))}
+        result = {"error": error_json(translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
@@ -86,7 +88,8 @@ def _end_with(caller: int) -> None:
             sys.exit(1)
 
 
-def _error_json(error: TriviumError) -> Json:
+def error_json(error: TriviumError) -> Json:
+    """An error as JSON, for `process.raised`."""
     # The lowering has subclasses of its own, which the caller need not know.
     kind = next(one for one in type(error).__mro__ if one.__module__ == TriviumError.__module__)
     return {
@@ -171,7 +174,13 @@ def build_program(
     model = ir.load(folder / job["model"])
     shapes.bind(model, Workload(dims=dims))
     mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
-    lowered = lower(model, quantized=mode)
+    on_cpu = device.platform == "cpu"
+    lowered = lower(
+        model,
+        quantized=mode,
+        platform="cpu" if on_cpu else None,
+        pack=on_cpu and device.chips == 1,
+    )
     caches = job["caches"]
     exported = export(lowered, device, job["precision"], caches)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
@@ -192,6 +201,15 @@ def build_program(
         constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
         exported = export(constrained, device, job["precision"], caches, split)
         (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
+    simulated = None
+    if job["verified"] and split.kind not in ("single", "replicated"):
+        small = partition.reduced(split)
+        simulated = _simulated(name, split, small, lowered)
+        if layout is not None and small != split:
+            again = lower(model, quantized=mode, shardings=constraints(layout, small))
+            exported_small = export(again, Device("cpu"), job["precision"], caches, small)
+            (folder / simulated["file"]).write_bytes(exported_small.serialize())
+    exported_again_at = time.perf_counter()
     compiled = compile_export(exported, lowered, split, devices, caches)
     compiled_at = time.perf_counter()
 
@@ -203,7 +221,9 @@ def build_program(
         "inputs": [asdict(info) for info in lowered.inputs],
         "outputs": [asdict(info) for info in outputs],
         "quantized_products": mode,
+        "packed": lowered.packed,
         "partition": split.to_json(),
+        "simulated": simulated,
         "memory": memory,
         "weights_bytes": weights_bytes,
         "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
@@ -212,7 +232,22 @@ def build_program(
         "collectives": hlo.collectives(text),
         "compiler_flops": _flops(compiled, text),
         "trace_seconds": round(exported_at - started, 3),
-        "compile_seconds": round(compiled_at - exported_at, 3),
+        "compile_seconds": round(compiled_at - exported_again_at, 3),
+    }
+
+
+def _simulated(
+    name: str, split: partition.Partition, small: partition.Partition, lowered: Any
+) -> Json:
+    """What `simulation` runs of a program that is spread: its export if it is another, how that
+    is spread, and the bytes of all shards of the weights together.
+    """
+    kind = "sharded" if small == split else "simulated"
+    copies = {n: small.devices // small.shards(n) for n in lowered.weights}
+    return {
+        "file": f"{name}.{kind}.stablehlo" if split.kind == "annotated" else None,
+        "partition": small.to_json(),
+        "bytes": sum(tensor.nbytes * copies[n] for n, tensor in lowered.weights.items()),
     }
 
 
@@ -277,10 +312,11 @@ def avals(lowered: Any, caches: Sequence[str] = ()) -> tuple[Json, ...]:
     from trivium.compiler.samples import numpy_dtype
 
     aval: Any = jax.ShapeDtypeStruct
-    weights = {
-        name: aval(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
-        for name, tensor in lowered.weights.items()
-    }
+    weights = {}
+    for name, tensor in lowered.weights.items():
+        shape = tensor.shape.numpy()
+        order = lowered.packed.get(name, range(len(shape)))
+        weights[name] = aval(tuple(shape[axis] for axis in order), tensor.dtype.numpy())
     inputs = {info.name: aval(info.shape, numpy_dtype(info.dtype)) for info in lowered.inputs}
     return weights, *_apart(inputs, caches)
 
@@ -318,8 +354,12 @@ def compile_export(
 
     mesh = partition.mesh_of(split, devices)
     with precise():
-        spread = in_and_out(split, mesh, lowered, caches)
-        program = jax.jit(exported.call, **spread, donate_argnums=(2,) if caches else ())
+        program = jax.jit(
+            exported.call,
+            donate_argnums=(2,) if caches else (),
+            compiler_options=platforms.compiler_options(devices[0].platform),
+            **in_and_out(split, mesh, lowered, caches),
+        )
         return program.lower(*avals(lowered, caches)).compile()
 
 

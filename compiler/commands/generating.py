@@ -98,12 +98,13 @@ def _read_prompt(line: str, about: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise BadInput("not JSON", about=about) from error
     prompt = table.get("prompt") if isinstance(table, dict) else None
-    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not is_ids:
-        raise BadInput(
-            "has no prompt", about=about, remedy='give {"prompt": "text"} or {"prompt": [5, 17]}'
-        )
-    return prompt
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return prompt
+    raise BadInput(
+        "has no prompt", about=about, remedy='give {"prompt": "text"} or {"prompt": [5, 17]}'
+    )
 
 
 def _stream(generator: TextGenerator, prompt: Prompt, settings: Any) -> None:

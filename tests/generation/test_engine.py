@@ -66,10 +66,10 @@ def test_requests_that_come_and_go_get_the_source_s_greedy_tokens(
 def test_company_speculation_and_prefixes_change_no_token(
     shakespeare: Artifact, temperature: float
 ) -> None:
-    asked = Settings(max_new_tokens=40, temperature=temperature, top_p=0.95, seed=5)
+    asked = Settings(max_new_tokens=16, temperature=temperature, top_p=0.95, seed=5)
     plain = TextGenerator(shakespeare, rows=1, speculate=False, prefix_bytes=0)
     expected = [one.tokens for one in plain.complete(PROMPTS, asked)]
-    for options in ({"rows": 4}, {"rows": 1}, {"rows": 2, "prefix_bytes": 1 << 16}):
+    for options in ({"rows": 4}, {"rows": 1, "prefix_bytes": 1 << 16}):
         generator = TextGenerator(shakespeare, **options)  # type: ignore[arg-type]
         for _ in range(2):
             assert [one.tokens for one in generator.complete(PROMPTS, asked)] == expected
@@ -77,8 +77,8 @@ def test_company_speculation_and_prefixes_change_no_token(
 
 
 def test_speculation_saves_steps_on_text_that_repeats(shakespeare: Artifact) -> None:
-    prompt = "I'll be so, and I'll be so, and I'll be so, and I'll be"
-    asked = Settings(max_new_tokens=60)
+    prompt = "KING RICHARD III:\nI'll not, my lord.\n\nKING RICHARD III:\n"
+    asked = Settings(max_new_tokens=100)
     runs = {}
     for speculate in (False, True):
         generator = TextGenerator(shakespeare, rows=1, speculate=speculate)
@@ -156,5 +156,5 @@ def test_bad_prompts_are_refused(
 
 
 def test_engine_that_would_not_fit_the_memory_is_refused(shakespeare: Artifact) -> None:
-    with pytest.raises(BackendFailed, match="needs .* GiB, and .* GiB of memory is free"):
+    with pytest.raises(BackendFailed, match=r"needs .* GiB, and .* GiB of memory is free"):
         TextGenerator(shakespeare, rows=10_000_000)
