@@ -356,6 +356,20 @@ def _add_generating(verbs: Verbs) -> None:
         help="guess tokens from what was said before; the output is the same",
     )
 
+    verb = _verb(verbs, "serve", "commands.serving", "serve a generator artifact over HTTP")
+    _artifact(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
+    verb.add_argument("--name", help="of the model, for clients (default: the folder's)")
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument("--rows", type=_count, default=8, metavar="N", help="texts at once")
+    verb.add_argument(
+        "--queue", type=_count, default=64, metavar="N", help="requests that may wait"
+    )
+    verb.add_argument("--deadline", type=_positive, default=300.0, metavar="S", help="of a request")
+    verb.add_argument("--speculate", action=argparse.BooleanOptionalAction, default=True)
+    verb.set_defaults(timeout=threading.TIMEOUT_MAX)
+
 
 def _add_listing(verbs: Verbs) -> None:
     where = "commands.listing"

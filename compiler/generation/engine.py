@@ -181,6 +181,13 @@ class Engine:
     def enqueue(self, request: Request) -> None:
         self._waiting.append(request)
 
+    def reset(self) -> None:
+        """Forget all requests, and all that was read."""
+        self._waiting.clear()
+        self._active = []
+        self._cache = None
+        self._prefixes.clear()
+
     def step(self) -> list[Piece]:
         """Give every active request at least one token; return what came of it."""
         self.counts.steps += 1

@@ -56,6 +56,9 @@ class PrefixCache:
             self._held.popitem(last=False)
         self._held[key] = self._decoder.copy(cache, row, len(key))
 
+    def clear(self) -> None:
+        self._held.clear()
+
     def _bytes(self, tokens: tuple[int, ...]) -> int:
         generator = self._decoder.generator
         if generator.form == "growing":
