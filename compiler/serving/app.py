@@ -248,7 +248,9 @@ class Server:
             while True:
                 left = began + self.limits.seconds - time.monotonic()
                 try:
-                    piece = await asyncio.wait_for(anext(pieces), max(left, 0))
+                    # Not wait_for: in Python 3.11 it may swallow a cancellation.
+                    async with asyncio.timeout(max(left, 0)):
+                        piece = await anext(pieces)
                 except StopAsyncIteration:
                     return
                 except TimeoutError as error:

@@ -47,7 +47,7 @@ class EngineLoop:
         self.failures = 0
         self._most = most_waiting
         self._inbox: list[Ticket] = []
-        self._tickets: dict[int, tuple[Ticket, int]] = {}
+        self._tickets: dict[int, tuple[Ticket, int]] = {}  # of requests that have not ended
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="trivium-engine", daemon=True)
@@ -68,7 +68,11 @@ class EngineLoop:
 
     @property
     def waiting(self) -> int:
-        return self.engine.waiting + sum(len(ticket.requests) for ticket in self._inbox)
+        return self.engine.waiting + self._arriving
+
+    @property
+    def _arriving(self) -> int:
+        return sum(len(ticket.requests) for ticket in self._inbox)
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], Settings]]) -> Ticket:
         """Queue prompts; called from a coroutine.
@@ -80,9 +84,9 @@ class EngineLoop:
         requests = [self.engine.prepare(prompt, settings) for prompt, settings in prompts]
         ticket = Ticket(requests, asyncio.Queue(), asyncio.get_running_loop())
         with self._changed:
-            idle = max(0, self.engine.rows - self.engine.active)
-            if self.waiting + len(requests) > self._most + idle:
-                raise QueueFull(f"{self.waiting} requests are waiting", remedy="try again later")
+            here = len(self._tickets) + self._arriving
+            if here + len(requests) > self.engine.rows + self._most:
+                raise QueueFull(f"{here} requests are at work or wait", remedy="try again later")
             self._inbox.append(ticket)
             self._changed.notify()
         return ticket
