@@ -189,3 +189,15 @@ def _completion(pieces: Sequence[Piece], request: Request) -> Completion:
         tokens_per_s=(len(tokens) - 1) / rest if len(tokens) > 1 and rest > 0 else None,
         logprobs=tuple(report for piece in pieces for report in piece.logprobs),
     )
+
+
+def generate(
+    artifact: Artifact | str | os.PathLike[str], prompt: Prompt, **settings: Any
+) -> Iterator[Piece]:
+    """Continue one prompt; yield what is added, as it comes.
+
+    Args:
+        settings: Those of `Settings`: ``max_new_tokens=64``, ``temperature=0.8``, ...
+    """
+    asked = Settings(**settings)
+    return TextGenerator(artifact, rows=1, prefix_bytes=0).stream([prompt], asked)
