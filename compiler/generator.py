@@ -21,6 +21,9 @@ Form = Literal["growing", "static", "shared"]
 """How caches are kept: ``growing`` by concatenation; ``static``, buffers that are given and come
 back, written from one place on; ``shared``, buffers that the engine writes in place."""
 
+STEP_TOKENS = 512
+"""Tokens of the text that a step is predicted and timed for, where the context is as long."""
+
 
 @dataclass(frozen=True)
 class CacheInfo:
@@ -47,9 +50,9 @@ class CacheInfo:
         sizes = [d for axis, d in enumerate(self.shape) if axis not in own and isinstance(d, int)]
         return math.prod(sizes) * int(numpy_dtype(self.dtype).itemsize)
 
-    def sized(self, rows: int, capacity: int) -> tuple[int, ...]:
+    def sized(self, rows: int, length: int) -> tuple[int, ...]:
         """The shape of a buffer."""
-        sizes = {self.batch_axis: rows, self.length_axis: capacity}
+        sizes = {self.batch_axis: rows, self.length_axis: length}
         return tuple(sizes[a] if a in sizes else int(d) for a, d in enumerate(self.shape))
 
 
@@ -138,7 +141,7 @@ class Decoder(Protocol[C]):
     where: str
 
     def start(self, rows: int = 1, capacity: int | None = None) -> C:
-        """Return an empty cache for up to ``capacity`` tokens a row (by default the context).
+        """Return an empty cache with room for ``capacity`` tokens a row (by default the context).
 
         Raises:
             BackendFailed: It would not fit into the memory; nothing was allocated.

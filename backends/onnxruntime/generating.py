@@ -47,10 +47,9 @@ class OnnxRuntimeDecoder(SlotDecoder):
             if value.type in _NUMPY
         }
 
-    def _empty(self, rows: int, capacity: int) -> list[Any]:
+    def _empty(self, rows: int, length: int) -> list[Any]:
         import numpy as np
 
-        length = capacity if self.generator.form == "static" else 0
         return [
             _value(np.zeros(cache.sized(rows, length), numpy_dtype(cache.dtype)))
             for cache in self.generator.caches

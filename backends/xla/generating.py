@@ -33,21 +33,16 @@ class XlaDecoder(SlotDecoder):
         }
         self._dtypes = {info.name: numpy_dtype(info.dtype) for info in executable.program_inputs}
 
-    def _capacity(self, wanted: int) -> int:
-        # The buffers are as long as the programs say, however little is asked for.
-        return self.generator.context
-
-    def _empty(self, rows: int, capacity: int) -> list[Any]:
+    def _empty(self, rows: int, length: int) -> list[Any]:
         import jax
         import numpy as np
 
         from trivium.backends.xla.lowering import precise
 
-        sizes = {"rows": rows, "capacity": capacity}
         with precise():
             return [
                 jax.device_put(
-                    np.zeros(cache.sized(**sizes), numpy_dtype(cache.dtype)),
+                    np.zeros(cache.sized(rows, length), numpy_dtype(cache.dtype)),
                     self._executable.held[cache.past],
                 )
                 for cache in self.generator.caches

@@ -11,6 +11,7 @@ from trivium.compiler import verify as verification
 from trivium.compiler.artifact import Artifact, is_artifact
 from trivium.compiler.commands import console
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing
+from trivium.compiler.generation.measuring import time_decoder
 from trivium.compiler.timing import time_calls
 
 
@@ -56,10 +57,22 @@ def bench(arguments: argparse.Namespace) -> int:
     """Time an artifact where it really runs."""
     artifact = Artifact.open(arguments.artifact)
     executable = artifact.load()
-    feed = verification.carried_feeds(artifact)[0]
-    timing = time_calls(
-        lambda: executable.run(feed), budget_s=arguments.seconds, least=5, most=arguments.runs
-    )
+    extra: dict[str, Any] = {}
+    if artifact.generator is None:
+        feed = verification.carried_feeds(artifact)[0]
+        timing = time_calls(
+            lambda: executable.run(feed), budget_s=arguments.seconds, least=5, most=arguments.runs
+        )
+    else:
+        decoder = executable.generator()  # type: ignore[attr-defined]
+        length, reading, timing = time_decoder(
+            decoder, budget_s=arguments.seconds, most=arguments.runs
+        )
+        extra = {
+            "tokens": length,
+            "prefill_tokens_per_s": (length - 1) / reading.median_s,
+            "decode_tokens_per_s": 1 / timing.median_s,
+        }
     target = artifact.manifest["target"]
     predicted = (artifact.manifest["estimate"] or {}).get("seconds")
     document = {
@@ -68,6 +81,7 @@ def bench(arguments: argparse.Namespace) -> int:
         "measures_target": executable.measures_target,
         **timing.to_json(),
         "predicted_s": predicted,
+        **extra,
     }
     if arguments.json:
         console.print_json(document)
@@ -80,6 +94,7 @@ def bench(arguments: argparse.Namespace) -> int:
             "median": f"{console.si(timing.median_s, 's')} (95%: {interval}, {timing.calls} runs)",
             "where": executable.where,
             "predicted": console.si(predicted, "s") if predicted else None,
+            **{name.replace("_", " "): f"{value:.4g}" for name, value in extra.items()},
         }
     )
     return 0

@@ -15,7 +15,7 @@ from trivium.compiler import shapes
 from trivium.compiler.backend import cache_form
 from trivium.compiler.errors import BadInput
 from trivium.compiler.generation.recognize import recognize
-from trivium.compiler.generator import Decoder, Generator, Role
+from trivium.compiler.generator import STEP_TOKENS, Decoder, Generator, Role
 from trivium.compiler.recipe import Applied, Context, Recipe, Step
 from trivium.compiler.types import TensorInfo, Workload
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from trivium.compiler.reference import Reference
 
 CONTEXT = 2048
-"""Tokens in all, where nothing says how many positions a model has."""
+"""Tokens in all, where nothing says how many positions a model has, and of static buffers, which
+take their memory whether it is used or not, unless more is asked for."""
 
 PREFILL = 128
 """New tokens of the prefill program of an engine that needs it fixed."""
@@ -88,20 +89,32 @@ def _insert_cache(model: ir.Model, form: str) -> Applied:
 def _with_facts(found: Generator, source: Path, context: int | None) -> Generator:
     """Add what the checkpoint folder says of a decoder."""
     options = _read(source / "config.json") | _read(source / "generation_config.json")
-    known = _whole(options, "max_position_embeddings", "n_positions") or found.context
-    if context is not None and known and context > known:
-        raise BadInput(
-            f"the model has {known} positions", about=f"--context {context}", remedy="ask for fewer"
-        )
     eos = options.get("eos_token_id")
     return replace(
         found,
-        context=context or known or CONTEXT,
+        context=_context(found, options, context),
         eos=tuple(e for e in (eos if isinstance(eos, list) else [eos]) if type(e) is int),
         bos=_whole(options, "bos_token_id"),
         tokenizer=TOKENIZER if (source / TOKENIZER).is_file() else None,
         chat_template=CHAT_TEMPLATE if _template(source) is not None else None,
     )
+
+
+def _context(found: Generator, options: Mapping[str, Any], asked: int | None) -> int:
+    """How many tokens a text may have.
+
+    Raises:
+        BadInput: More are asked for than the model has positions.
+    """
+    known = _whole(options, "max_position_embeddings", "n_positions") or found.context
+    lengths = [cache.shape[cache.length_axis] for cache in found.caches]
+    limits = [size for size in (known, *lengths) if isinstance(size, int) and size]
+    most = min(limits, default=CONTEXT)
+    if asked is not None and limits and asked > most:
+        raise BadInput(
+            f"the model has {most} positions", about=f"--context {asked}", remedy="ask for fewer"
+        )
+    return asked or (min(most, CONTEXT) if found.form == "static" else most)
 
 
 def _sized(found: Generator, model: ir.Model, job: Job) -> tuple[Generator, Workload]:
@@ -113,10 +126,12 @@ def _sized(found: Generator, model: ir.Model, job: Job) -> tuple[Generator, Work
         sizes[infos[name].shape[0]] = 1
     new = infos[found.tokens].shape[1]
     sizes[new] = 1
+    growing = found.form == "growing"
+    held = min(found.context, STEP_TOKENS) - 1 if growing else found.context
     for cache in found.caches:
-        sizes[cache.shape[cache.length_axis]] = found.context
+        sizes[cache.shape[cache.length_axis]] = held
     if found.mask is not None:
-        sizes.setdefault(infos[found.mask].shape[-1], found.context + (found.form == "growing"))
+        sizes.setdefault(infos[found.mask].shape[-1], held + growing)
     bound = {dim: size for dim, size in sizes.items() if isinstance(dim, str)}
     workload = replace(job.workload, dims={**bound, **job.workload.dims})
     if found.form != "static" or not isinstance(new, str):
@@ -141,7 +156,7 @@ def _sized(found: Generator, model: ir.Model, job: Job) -> tuple[Generator, Work
 
 
 def one_step(prepared: Prepared, generator: Generator) -> Prepared:
-    """The model as it decodes one token of a full context, for the cost model."""
+    """The model as it decodes one token, for the cost model."""
     model = prepared.model.clone()
     tokens = next(info for info in prepared.inputs if info.name == generator.tokens)
     batch, new = tokens.shape

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trivium.compiler.errors import BadInput
 from trivium.compiler.generation.prefixes import PrefixCache
 from trivium.compiler.generation.sampling import LogProbs, Settings, choose, log_probs
-from trivium.compiler.generation.slots import require_memory
+from trivium.compiler.generation.slots import free_memory, require_memory
 from trivium.compiler.generation.speculation import PromptLookup
 from trivium.compiler.generation.tokenizer import StopTexts, TextStream, Tokenizer
 from trivium.compiler.generator import Decoder
@@ -122,7 +122,8 @@ class Engine:
         self.rows = min(rows, generator.rows or rows)
         self.capacity = min(capacity or generator.context, generator.context)
         self.counts = Counts()
-        require_memory(generator, self.rows, self.capacity)
+        if capacity is not None:  # asked for; otherwise each text takes what it may need
+            require_memory(generator, self.rows, self.capacity)
         self._speculate = speculate
         self._prefixes = PrefixCache(decoder, prefix_bytes)
         self._waiting: deque[Request] = deque()
@@ -169,6 +170,7 @@ class Engine:
                 about="the prompt",
                 remedy="shorten it",
             )
+        require_memory(self.decoder.generator, 1, self._room(len(prompt), settings))
         if settings.stop and self.tokenizer is None:
             raise BadInput("needs a tokenizer", about="stop", remedy="compile a folder with one")
         self._submitted += 1
@@ -192,12 +194,29 @@ class Engine:
         """Give every active request at least one token; return what came of it."""
         self.counts.steps += 1
         pieces = self._leave_cancelled()
-        while self._waiting and len(self._active) < self.rows:
+        while self._waiting and len(self._active) < self.rows and self._fits(self._waiting[0]):
             pieces.append(self._admit(self._waiting.popleft()))
         # Whoever was admitted has a token already, and gets its next one with the others.
         if self._active:
             pieces += self._decode()
         return pieces
+
+    def _room(self, prompt: int, settings: Settings) -> int:
+        """How many tokens a text may come to have."""
+        return min(self.capacity, prompt + settings.max_new_tokens)
+
+    def _need(self, request: Request) -> int:
+        return self._room(request.prompt, request.settings)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there is memory for one more text, as long as those at work may still become."""
+        free = free_memory()
+        growing = self.decoder.generator.form == "growing"
+        if free is None or not self._active or not growing:
+            return True
+        to_come = sum(self._need(one) - len(one.tokens) for one in self._active)
+        tokens = to_come + self._need(request)
+        return tokens * self.decoder.generator.bytes_per_token <= free
 
     def _leave_cancelled(self) -> list[Piece]:
         gone = [r for r in (*self._waiting, *self._active) if r.cancelled]
@@ -212,7 +231,7 @@ class Engine:
         prompt = request.tokens
         cache, known = self._prefixes.take(prompt)
         if cache is None:
-            cache = self.decoder.start(capacity=self.capacity)
+            cache = self.decoder.start(capacity=self._need(request))
         logits = self.decoder.feed(cache, [prompt[known:]])
         self.counts.prompt += len(prompt)
         self.counts.reused += known

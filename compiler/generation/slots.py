@@ -29,12 +29,10 @@ class SlotCache:
 
     Attributes:
         lengths: Of each row; the longest fills all slots that are in use.
-        capacity: How many slots there may be.
         buffers: One for each of the generator's caches, as the engine holds them.
     """
 
     lengths: list[int]
-    capacity: int
     buffers: list[Any]
 
     @property
@@ -59,8 +57,8 @@ class SlotDecoder(ABC):
     # What an engine provides.
 
     @abstractmethod
-    def _empty(self, rows: int, capacity: int) -> list[Any]:
-        """Return fresh buffers."""
+    def _empty(self, rows: int, length: int) -> list[Any]:
+        """Return fresh buffers with so many slots."""
 
     @abstractmethod
     def _call(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
@@ -73,18 +71,15 @@ class SlotDecoder(ABC):
         """Return new buffers: row r is row ``places[r][1]`` of cache ``places[r][0]``, its slot j
         what was in slot ``slots[r, j]``; the content of slots that are -1 does not matter."""
 
-    def _capacity(self, wanted: int) -> int:
-        """How many tokens a row has room for when so many are asked for."""
-        return wanted
-
     # The protocol of `trivium.compiler.generator.Decoder`.
 
     def start(self, rows: int = 1, capacity: int | None = None) -> SlotCache:
-        limit = self.generator.context
-        capacity = self._capacity(limit if capacity is None else min(capacity, limit))
+        context, static = self.generator.context, self.generator.form == "static"
         in_all = self._rows(rows)
-        require_memory(self.generator, in_all, capacity)
-        return SlotCache([0] * rows, capacity, self._empty(in_all, capacity))
+        # Static buffers are as long as the programs say, however little is asked for.
+        asked = context if capacity is None or static else min(capacity, context)
+        require_memory(self.generator, in_all, asked)
+        return SlotCache([0] * rows, self._empty(in_all, context if static else 0))
 
     def _rows(self, rows: int) -> int:
         """How many rows the buffers have for some: programs of a fixed batch have idle ones."""
@@ -104,9 +99,9 @@ class SlotDecoder(ABC):
         if len(counts) != len(cache.lengths):
             raise BadInput(f"tokens for {len(counts)} rows of {len(cache.lengths)}", about="feed")
         longest = max(have + new for have, new in zip(cache.lengths, counts, strict=True))
-        if longest > cache.capacity:
+        if longest > self.generator.context:
             raise BadInput(
-                f"{longest} tokens, and there is room for {cache.capacity}",
+                f"{longest} tokens, and there is room for {self.generator.context}",
                 about="feed",
                 remedy="give a shorter prompt, or compile with a larger --context",
             )
@@ -147,7 +142,7 @@ class SlotDecoder(ABC):
         pieces, first = [], 0
         while first < head:
             # Padding goes to the right of the new tokens, and needs room in the buffers.
-            room = cache.capacity - cache.filled - first
+            room = self.generator.context - cache.filled - first
             last = min(head, first + self._size(head - first, room))
             pieces.append((first, last))
             first = last
@@ -173,7 +168,7 @@ class SlotDecoder(ABC):
 
         generator, filled = self.generator, cache.filled
         rows, size = ids.shape
-        padded = self._size(size, cache.capacity - filled)
+        padded = self._size(size, generator.context - filled)
         old = np.array(cache.lengths)
         first, last = (np.array(edges)[:, None] + filled for edges in zip(*spans, strict=True))
         slots = np.arange(filled + padded)
@@ -189,7 +184,7 @@ class SlotDecoder(ABC):
         padding = ((0, idle), (0, padded - size))
         feeds: dict[str, Array] = {generator.tokens: np.pad(ids, padding)}
         if generator.mask is not None:
-            whole = cache.capacity if generator.form == "static" else filled + padded
+            whole = generator.context if generator.form == "static" else filled + padded
             mask = np.zeros((rows + idle, whole), np.int64)
             mask[:rows, : filled + padded] = kept
             feeds[generator.mask] = mask
@@ -244,12 +239,12 @@ class SlotDecoder(ABC):
             cache.lengths = list(lengths)
             return
         places = [(0, row, length) for row, length in enumerate(lengths)]
-        kept = self._combine([cache], places, cache.capacity)
+        kept = self._combine([cache], places)
         cache.lengths, cache.buffers = kept.lengths, kept.buffers
 
     def select(self, cache: SlotCache, rows: Sequence[int]) -> SlotCache:
         places = [(0, row, cache.lengths[row]) for row in rows]
-        return self._combine([cache], places, cache.capacity)
+        return self._combine([cache], places)
 
     def join(self, caches: Sequence[SlotCache]) -> SlotCache:
         places = [
@@ -257,13 +252,13 @@ class SlotDecoder(ABC):
             for index, cache in enumerate(caches)
             for row, length in enumerate(cache.lengths)
         ]
-        return self._combine(caches, places, max(cache.capacity for cache in caches))
+        return self._combine(caches, places)
 
     def copy(self, cache: SlotCache, row: int, length: int) -> SlotCache:
-        return self._combine([cache], [(0, row, length)], cache.capacity)
+        return self._combine([cache], [(0, row, length)])
 
     def _combine(
-        self, caches: Sequence[SlotCache], places: Sequence[tuple[int, int, int]], capacity: int
+        self, caches: Sequence[SlotCache], places: Sequence[tuple[int, int, int]]
     ) -> SlotCache:
         """A cache of rows of others: (cache, row, how many of its tokens)."""
         import numpy as np
@@ -274,7 +269,7 @@ class SlotDecoder(ABC):
             first = caches[index].filled - caches[index].lengths[source]
             slots[row, slots.shape[1] - length :] = np.arange(first, first + length)
         rows = [(index, source) for index, source, _ in places]
-        return SlotCache(lengths, capacity, self._moved([c.buffers for c in caches], rows, slots))
+        return SlotCache(lengths, self._moved([c.buffers for c in caches], rows, slots))
 
 
 def _within(lo: int, hi: int, first: int, last: int) -> tuple[int, int]:

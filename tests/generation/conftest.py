@@ -30,6 +30,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma2": {"model_type": "gemma2", **SMALL, "head_dim": 8, "sliding_window": 4},
 }  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "model_type": "qwen3", **SMALL, "head_dim": 8, "use_sliding_window": True,
+        "sliding_window": 3, "max_window_layers": 1,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", **SMALL, "head_dim": 8, "sliding_window": 4,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {"model_type": "phi3", **SMALL, "sliding_window": 5},
+    "mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 3},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
@@ -38,6 +50,15 @@ def small_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp(request.param)
     path = folder / "decoder.onnx"
     models.save(random_model(CONFIGS[request.param], folder), path)
+    return path
+
+
+@pytest.fixture(scope="session", params=[*CONFIGS, *MORE])
+def any_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of every architecture."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = folder / "decoder.onnx"
+    models.save(random_model({**CONFIGS, **MORE}[request.param], folder), path)
     return path
 
 

@@ -157,4 +157,4 @@ def test_bad_prompts_are_refused(
 
 def test_engine_that_would_not_fit_the_memory_is_refused(shakespeare: Artifact) -> None:
     with pytest.raises(BackendFailed, match=r"needs .* GiB, and .* GiB of memory is free"):
-        TextGenerator(shakespeare, rows=10_000_000)
+        TextGenerator(shakespeare, rows=10_000_000, capacity=512)

@@ -215,3 +215,14 @@ def test_what_is_no_generator_cannot_generate(
     code, _, err = run(capsys, str(artifact.path), "--prompt", "x")
     assert code == 2
     assert "is no generator; compile a decoder with --generator" in err
+
+
+def test_bench_times_prefill_and_decode(
+    shakespeare: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(["bench", str(shakespeare.path), "--seconds", "0.5", "--runs", "5", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert document["tokens"] == 512
+    assert document["decode_tokens_per_s"] == pytest.approx(1 / document["latency_s"])
+    assert document["prefill_tokens_per_s"] > document["decode_tokens_per_s"]

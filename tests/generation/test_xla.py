@@ -20,6 +20,8 @@ from trivium.backends.xla import platforms
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generation.engine import Engine
+from trivium.compiler.generation.sampling import Settings
 from trivium.compiler.generator import Decoder
 
 
@@ -76,6 +78,16 @@ def test_rows_that_differ_in_length_are_driven_together(llama: Path, tmp_path: P
                 expected = oracle(rows[row])[-kept:]
                 np.testing.assert_allclose(found[row, -kept:], expected, atol=5e-5)
         assert cache.lengths == [len(row) for row in rows]
+    engine = Engine(decoder, None, rows=8)
+    assert engine.rows == 3
+    requests = [engine.submit(row[:n], Settings(max_new_tokens=n)) for n, row in enumerate(rows, 2)]
+    requests += [engine.submit(row[:7], Settings(max_new_tokens=4)) for row in rows]
+    while engine.busy:
+        engine.step()
+    for request in requests:
+        logits = oracle(request.tokens)
+        for place, token in enumerate(request.generated, request.prompt):
+            assert logits[place - 1, token] >= logits[place - 1].max() - 1e-4
     decoder.truncate(cache, [4, 9, 1])
     rows = [row[:count] for row, count in zip(rows, (4, 9, 1), strict=True)]
     found = decoder.feed(cache, [[5], [6], [7]])
