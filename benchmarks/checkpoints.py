@@ -118,7 +118,7 @@ def _write_shard(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in entries:
+        for _, shape in entries:
             left = int(np.prod(shape))
             if len(shape) == 1:
                 stream.write(np.full(left, 0x3F80, np.uint16).tobytes())  # ones

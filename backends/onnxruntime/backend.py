@@ -38,10 +38,12 @@ class OnnxRuntimeBackend:
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
         # Otherwise normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization
         # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
-        # Q/DQ is what its own fusions look for.
+        # Q/DQ is what its own fusions look for, except where they would copy all weights.
+        from trivium.backends.onnxruntime.blocked_products import PackBlockedProducts
+        from trivium.passes.remove_dead_code import RemoveDeadCode
         from trivium.passes.widen_attention_mask import WidenAttentionMask
 
-        return (WidenAttentionMask(),)
+        return (WidenAttentionMask(), PackBlockedProducts(), RemoveDeadCode())
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
