@@ -1,4 +1,4 @@
-"""Products with blocked integer weights as ONNX Runtime's own operator, packed for it beforehand."""
+"""Products with blocked integer weights as ONNX Runtime's own operator, packed beforehand."""
 
 from __future__ import annotations
 
