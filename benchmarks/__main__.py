@@ -24,6 +24,7 @@ NAMES = (
     "openvino_cpu",
     "quantize",
     "generation",
+    "streaming_int4",
 )
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"
