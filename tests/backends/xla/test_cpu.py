@@ -124,7 +124,7 @@ def test_int8_filters_are_packed_through_their_dequantization() -> None:
         helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wd"], axis=0),
         helper.make_node("Conv", ["d", "wd"], ["y"], group=4, pads=[1, 1, 1, 1]),
     ]
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "sx": np.asarray(0.1, np.float32),
         "zx": np.asarray(3, np.int8),
         "w": w,
