@@ -134,7 +134,8 @@ def _chips(shape: str, about: str) -> int:
 
 
 def _gpu(target: Target) -> Device:
-    own_name = target.name.removeprefix("nvidia-").replace("-", "_")
+    device, _, _ = target.name.partition(":")
+    own_name = device.removeprefix("nvidia-").replace("-", "_")
     name = target.options.get("gpu_target", own_name)
     known = gpu_targets()
     if name not in known:
