@@ -110,15 +110,15 @@ class XlaExecutable:
         names = [info.name for info in program.inputs if info.name not in self.caches]
         given = partition.shardings(mesh, names, split.inputs)
         options = platforms.compiler_options(self._devices[0].platform)
-        if not self.caches:
-            with precise():
-                return jax.jit(exported.call, in_shardings=(None, given), compiler_options=options)
-        self.held = partition.shardings(mesh, self.caches, split.inputs)
+        shardings: tuple[Any, ...] = (None, given)
+        if self.caches:
+            self.held = partition.shardings(mesh, self.caches, split.inputs)
+            shardings = (*shardings, self.held)
         with precise():
             return jax.jit(
                 exported.call,
-                in_shardings=(None, given, self.held),
-                donate_argnums=(2,),
+                in_shardings=shardings,
+                donate_argnums=(2,) if self.caches else (),
                 compiler_options=options,
             )
 
