@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +102,26 @@ def _session(path: str, without: Sequence[str]) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if threads := _threads():
+        options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
         )
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         raise BackendFailed(one_line(error), about="onnxruntime") from error
+
+
+def _threads() -> int:
+    """How many threads to ask for; 0 leaves it to ONNX Runtime.
+
+    It starts one for each core of the machine, also where this process is kept to fewer, and the
+    ones in excess spin against those that compute.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 class OnnxRuntimeExecutable:
