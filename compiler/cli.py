@@ -106,7 +106,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trivium {trivium.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for add in (_add_compiling, _add_tuning, _add_choosing, _add_using, _add_listing):
+    for add in (
+        _add_compiling,
+        _add_tuning,
+        _add_choosing,
+        _add_explaining,
+        _add_using,
+        _add_listing,
+    ):
         add(verbs)
     return parser
 
@@ -263,6 +270,33 @@ def _add_choosing(verbs: Verbs) -> None:
     verb.add_argument(
         "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
     )
+
+
+def _add_explaining(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "explain", "commands.explaining", "say which layer costs a recipe its accuracy"
+    )
+    verb.add_argument("path", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+    verb.add_argument(
+        "--recipe", action="append", required=True, metavar="NAME|FILE", help="may be given again"
+    )
+    _data(verb)
+    _calibration(verb)
+    _shape(verb)
+    verb.add_argument("--target", default="cpu", metavar="NAME", help="whose speed counts")
+    verb.add_argument("--backend", metavar="NAME", help="instead of the target's default")
+    verb.add_argument(
+        "--samples", type=_count, default=128, help="to judge single layers on (default 128)"
+    )
+    verb.add_argument("--window", type=_count, default=256, help="tokens, for perplexity")
+    verb.add_argument(
+        "--budget", metavar="max-drop=1%", help="find the best mix of the recipes that keeps it"
+    )
+    verb.add_argument("--objective", choices=("latency", "memory"), default="latency")
+    verb.add_argument("-o", "--out", metavar="RECIPE.toml", help="write the budget's recipe")
+    verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
+    verb.add_argument("--top", type=_count, default=20, help="layers to print (default 20)")
+    verb.add_argument("--seed", type=int, default=0)
 
 
 def _add_using(verbs: Verbs) -> None:

@@ -44,11 +44,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(next(iter(self.feeds.values())))
 
-    def first(self, count: int) -> Dataset:
-        """The first samples."""
+    def pick(self, count: int, seed: int = 0) -> Dataset:
+        """Some of the samples, drawn at random, in their order; itself if there are no more."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
         return Dataset(
-            {name: array[:count] for name, array in self.feeds.items()},
-            {name: array[:count] for name, array in self.rows.items()},
+            {name: array[chosen] for name, array in self.feeds.items()},
+            {name: array[chosen] for name, array in self.rows.items()},
         )
 
     def batches(

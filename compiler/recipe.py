@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,8 @@ class Context:
         calibration: Feeds of representative inputs; may be iterated more than once.
         workload: Shapes that the user bound.
         seed: Of whatever a pass draws at random.
+        gradients: From a model to the gradients of a loss by its weights' names, batch by batch;
+            only where something can differentiate, as `trivium.tune` can.
     """
 
     target: Target | None = None
@@ -90,6 +92,7 @@ class Context:
     workload: Workload = field(default_factory=Workload)
     seed: int = 0
     backend: str | None = None
+    gradients: Callable[[ir.Model], Iterator[Mapping[str, Any]]] | None = None
 
 
 def asks_for(chosen: Recipe, name: str) -> bool:

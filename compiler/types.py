@@ -29,7 +29,10 @@ class Target:
         name: ``vendor-device`` or ``vendor-device:slice``, as on the command line.
         backends: Names of the backends that serve it, the default first.
         peak_ops: Dense operations per second by dtype (``float32``, ``bfloat16``, ``int8``, ...).
+        on_chip_parts: Caches that each keep a copy of what all units read.
         launch_s: Cost of starting one kernel, seconds.
+        base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
+            ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
         interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
             of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
@@ -50,6 +53,7 @@ class Target:
     memory_bytes: float | None = None
     memory_bytes_per_s: float | None = None
     on_chip_bytes: float | None = None
+    on_chip_parts: int = 1
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
     interconnect: Mapping[str, float] = field(default_factory=dict)
@@ -57,6 +61,7 @@ class Target:
     idle_watts: float | None = None
     usd_per_hour: float | None = None
     clock_hz: float | None = None
+    base_clock_hz: float | None = None
     units: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     chips: int = 1

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import partition, weights
+from trivium.backends.xla import partition, platforms, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -109,24 +109,31 @@ class XlaExecutable:
         self._spread |= partition.shardings(mesh, split.weights, split.weights)
         names = [info.name for info in program.inputs if info.name not in self.caches]
         given = partition.shardings(mesh, names, split.inputs)
-        if not self.caches:
-            with precise():
-                return jax.jit(exported.call, in_shardings=(None, given))
-        self.held = partition.shardings(mesh, self.caches, split.inputs)
+        options = platforms.compiler_options(self._devices[0].platform)
+        shardings: tuple[Any, ...] = (None, given)
+        if self.caches:
+            self.held = partition.shardings(mesh, self.caches, split.inputs)
+            shardings = (*shardings, self.held)
         with precise():
             return jax.jit(
-                exported.call, in_shardings=(None, given, self.held), donate_argnums=(2,)
+                exported.call,
+                in_shardings=shardings,
+                donate_argnums=(2,) if self.caches else (),
+                compiler_options=options,
             )
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
 
-        from trivium.backends.xla.lowering import precise
+        from trivium.backends.xla.lowering import packing, precise
 
+        # The order of axes is the model's doing, and so the same in all programs.
+        orders = next(iter(self._details["programs"].values())).get("packed", {})
         with precise():
             for name, array in stored.items():
                 where = self._spread.get(name, self._whole)
-                self._weights[name] = jax.device_put(array, where)
+                packed = packing.packed(array, orders.get(name))
+                self._weights[name] = jax.device_put(packed, where)
 
     @property
     def program_inputs(self) -> Sequence[TensorInfo]:

@@ -174,7 +174,13 @@ def build_program(
     model = ir.load(folder / job["model"])
     shapes.bind(model, Workload(dims=dims))
     mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
-    lowered = lower(model, quantized=mode)
+    on_cpu = device.platform == "cpu"
+    lowered = lower(
+        model,
+        quantized=mode,
+        platform="cpu" if on_cpu else None,
+        pack=on_cpu and device.chips == 1,
+    )
     caches = job["caches"]
     exported = export(lowered, device, job["precision"], caches)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
@@ -215,6 +221,7 @@ def build_program(
         "inputs": [asdict(info) for info in lowered.inputs],
         "outputs": [asdict(info) for info in outputs],
         "quantized_products": mode,
+        "packed": lowered.packed,
         "partition": split.to_json(),
         "simulated": simulated,
         "memory": memory,
@@ -305,10 +312,11 @@ def avals(lowered: Any, caches: Sequence[str] = ()) -> tuple[Json, ...]:
     from trivium.compiler.samples import numpy_dtype
 
     aval: Any = jax.ShapeDtypeStruct
-    weights = {
-        name: aval(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
-        for name, tensor in lowered.weights.items()
-    }
+    weights = {}
+    for name, tensor in lowered.weights.items():
+        shape = tensor.shape.numpy()
+        order = lowered.packed.get(name, range(len(shape)))
+        weights[name] = aval(tuple(shape[axis] for axis in order), tensor.dtype.numpy())
     inputs = {info.name: aval(info.shape, numpy_dtype(info.dtype)) for info in lowered.inputs}
     return weights, *_apart(inputs, caches)
 
@@ -346,8 +354,12 @@ def compile_export(
 
     mesh = partition.mesh_of(split, devices)
     with precise():
-        spread = in_and_out(split, mesh, lowered, caches)
-        program = jax.jit(exported.call, **spread, donate_argnums=(2,) if caches else ())
+        program = jax.jit(
+            exported.call,
+            donate_argnums=(2,) if caches else (),
+            compiler_options=platforms.compiler_options(devices[0].platform),
+            **in_and_out(split, mesh, lowered, caches),
+        )
         return program.lower(*avals(lowered, caches)).compile()
 
 

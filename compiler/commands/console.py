@@ -122,6 +122,10 @@ class _StageLog:
         self._stage, self._since = "", time.monotonic()
 
     def __call__(self, stage: str) -> None:
+        # "layers: 3 of 60" is a stage called "layers"; on a terminal its count shows too.
+        stage = stage.partition(": ")[0]
+        if stage == self._stage:
+            return
         now = time.monotonic()
         if self._stage and now - self._since > _QUIET_S:
             print(f"{self._stage}: {now - self._since:.1f} s", file=sys.stderr)

@@ -57,7 +57,7 @@ OBSERVERS: dict[str, Callable[[int], Observer]] = {}
 observer = entering(OBSERVERS)
 
 
-class _Stored:
+class Stored:
     """An observer whose whole state is a few attributes."""
 
     kept: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +72,7 @@ class _Stored:
 
 
 @observer("minmax")
-class MinMax(_Stored):
+class MinMax(Stored):
     """The least and largest value ever seen."""
 
     kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high")
@@ -93,7 +93,7 @@ class MinMax(_Stored):
 
 
 @observer("moving-average")
-class MovingAverage(_Stored):
+class MovingAverage(Stored):
     """The moving average of each batch's least and largest value."""
 
     kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high")

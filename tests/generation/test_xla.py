@@ -79,8 +79,8 @@ def test_rows_that_differ_in_length_are_driven_together(llama: Path, tmp_path: P
     decoder.truncate(cache, [4, 9, 1])
     rows = [row[:count] for row, count in zip(rows, (4, 9, 1), strict=True)]
     found = decoder.feed(cache, [[5], [6], [7]])
-    for row, token, logits in zip(rows, (5, 6, 7), found, strict=True):
-        np.testing.assert_allclose(logits[0], oracle([*row, token])[-1], atol=5e-5)
+    for had, token, logits in zip(rows, (5, 6, 7), found, strict=True):
+        np.testing.assert_allclose(logits[0], oracle([*had, token])[-1], atol=5e-5)
 
 
 @pytest.mark.slow
@@ -111,11 +111,12 @@ def test_greedy_tokens_are_the_folder_s_reference(
 @pytest.mark.parametrize(
     ("target", "platform"), [("tpu-v5e:2x2", "tpu"), ("nvidia-h100-sxm", "cuda")]
 )
-def test_ahead_of_time_for_devices(target: str, platform: str, llama: Path, tmp_path: Path) -> None:
-    try:
-        platforms.require(platform, target)
-    except trivium.TriviumError as error:
-        pytest.skip(str(error))
+def test_ahead_of_time_for_devices(
+    target: str, platform: platforms.Platform, llama: Path, tmp_path: Path
+) -> None:
+    reason = platforms.missing(platform)
+    if reason is not None:
+        pytest.skip(reason)
     options: dict[str, Any] = {}
     if platform == "tpu":
         recipe = tmp_path / "sharded.toml"
