@@ -60,6 +60,19 @@ class Recipe:
         return max(promises, key=_ORDER.index, default="exact")
 
 
+def split(chosen: Recipe) -> tuple[Recipe, Recipe]:
+    """Cut a recipe in two: what may run before a decoder is given caches, and the rest, from the
+    first pass on that has to see them."""
+    classes = [plugins.get("trivium.passes", step.name) for step in chosen.steps]
+    seeing = (i for i, cls in enumerate(classes) if getattr(cls, "sees_caches", False))
+    cut = next(seeing, len(classes))
+    steps = chosen.steps[:cut], chosen.steps[cut:]
+    return (
+        dataclasses.replace(chosen, steps=steps[0]),
+        dataclasses.replace(chosen, steps=steps[1]),
+    )
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may ask for besides the model (fields made with ``from_context``).

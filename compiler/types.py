@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from trivium.compiler.generator import Generator
 
 Family = Literal["cpu", "gpu", "tpu", "fpga"]
 Bound = Literal["compute", "memory", "launch", "link", "none"]
@@ -26,8 +29,15 @@ class Target:
         name: ``vendor-device`` or ``vendor-device:slice``, as on the command line.
         backends: Names of the backends that serve it, the default first.
         peak_ops: Dense operations per second by dtype (``float32``, ``bfloat16``, ``int8``, ...).
+        on_chip_parts: Caches that each keep a copy of what all units read.
         launch_s: Cost of starting one kernel, seconds.
+        base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
+            ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
+        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
+            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
+            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
+            collective, and the ``efficiency`` that was measured.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.
@@ -43,12 +53,15 @@ class Target:
     memory_bytes: float | None = None
     memory_bytes_per_s: float | None = None
     on_chip_bytes: float | None = None
+    on_chip_parts: int = 1
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
+    interconnect: Mapping[str, float] = field(default_factory=dict)
     watts: float | None = None
     idle_watts: float | None = None
     usd_per_hour: float | None = None
     clock_hz: float | None = None
+    base_clock_hz: float | None = None
     units: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     chips: int = 1
@@ -189,6 +202,8 @@ class Built:
         memory: ``weights_bytes``, ``peak_bytes``, ``per_device_bytes`` as far as known.
         details: Whatever else belongs into the manifest, JSON-serializable.
         notes: What could not be done here, and why.
+        generator: How to drive it, where that is not as it was asked for.
+        parts: What each part holds, of a model that has several (`trivium.compiler.parts`).
     """
 
     programs: tuple[Program, ...]
@@ -196,6 +211,8 @@ class Built:
     memory: Mapping[str, float | None] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    generator: Generator | None = None
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

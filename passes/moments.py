@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import decline
 from trivium.passes.quantization.calibration import calibrate
+from trivium.passes.quantization.observers import Stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,18 +20,19 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Power:
+class Power(Stored):
     """Mean square along one axis; an `Observer` that keeps one number for each place."""
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "total")
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
         self.seen = 0
-        self.total: Array | None = None
+        self.total: Array = np.zeros(())
 
     def update(self, values: Array) -> None:
         rows = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
-        total = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-        self.total = total if self.total is None else self.total + total
+        self.total = self.total + np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
         self.seen += len(rows)
 
     def range(self) -> tuple[float, float]:
@@ -38,7 +40,6 @@ class Power:
 
     @property
     def mean(self) -> Array:
-        assert self.total is not None
         return np.asarray(self.total / max(1, self.seen))
 
 
@@ -67,7 +68,7 @@ def powers(
     found = {}
     for value, observer in seen.observers.items():
         assert isinstance(observer, Power)
-        if value in seen.spoiled or observer.total is None:
+        if value in seen.spoiled or not observer.seen:
             decline(value, "holds NaN or infinity, or nothing, on the calibration data")
         else:
             found[value] = observer.mean

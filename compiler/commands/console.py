@@ -95,11 +95,37 @@ def _figures(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for ``(done, total)``: a bar on a terminal, else a line if it took long."""
+    if not sys.stderr.isatty():
+        started, seen = time.monotonic(), [0, 0]
+
+        def note(done: int, total: int) -> None:
+            seen[:] = done, total
+
+        yield note
+        took = time.monotonic() - started
+        if took > _QUIET_S:
+            print(f"{what}: {seen[0]} of {seen[1]}, {took:.1f} s", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
 class _StageLog:
     def __init__(self) -> None:
         self._stage, self._since = "", time.monotonic()
 
     def __call__(self, stage: str) -> None:
+        # "layers: 3 of 60" is a stage called "layers"; on a terminal its count shows too.
+        stage = stage.partition(": ")[0]
+        if stage == self._stage:
+            return
         now = time.monotonic()
         if self._stage and now - self._since > _QUIET_S:
             print(f"{self._stage}: {now - self._since:.1f} s", file=sys.stderr)
