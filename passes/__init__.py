@@ -33,6 +33,7 @@ PASSES: dict[str, str] = {
     "prune-layers": "trivium.passes.prune_layers:PruneLayers",
     "prune-magnitude": "trivium.passes.prune_magnitude:PruneMagnitude",
     "prune-n-m": "trivium.passes.prune_n_m:PruneNM",
+    "prune-sparsegpt": "trivium.passes.prune_sparsegpt:PruneSparseGPT",
     "prune-structured": "trivium.passes.prune_structured:PruneStructured",
     "prune-wanda": "trivium.passes.prune_wanda:PruneWanda",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",

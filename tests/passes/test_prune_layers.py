@@ -18,6 +18,8 @@ from trivium.compiler import prepare, recipe
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import declining, weight
 from trivium.passes.prune_layers import PruneLayers, residual_layers
+from trivium.passes.prune_n_m import PruneNM
+from trivium.passes.prune_sparsegpt import PruneSparseGPT
 from trivium.passes.prune_wanda import PruneWanda
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -117,6 +119,50 @@ def test_wanda_in_groups_and_in_convolutions() -> None:
     assert (np.count_nonzero(have.reshape(6, -1), axis=1) == 18).all()
 
 
+@pytest.mark.parametrize("m", [0, 4])
+def test_sparsegpt_lets_the_rest_make_up_for_it(m: int) -> None:
+    x = draw(256, 6) @ draw(6, 16, seed=5)  # inputs that see much of each other
+    x += 0.1 * draw(256, 16, seed=6)
+    w = draw(16, 20, seed=1)
+    made, plain = linear(w), linear(w)
+    one = PruneSparseGPT(m=m, min_elements=1, calibration=[{"x": x[:128]}, {"x": x[128:]}])
+    assert one(made).modified
+    PruneWanda(m=m, min_elements=1, calibration=[{"x": x}])(plain)
+    have = weight(made.graph.initializers["w"])
+    assert have is not None
+    if m:
+        assert (np.count_nonzero(have.T.reshape(-1, m), axis=1) <= 2).all()
+    else:
+        assert np.count_nonzero(have == 0) == w.size // 2
+    goal = x @ w
+    errors = [float(np.square(run(one_of, {"x": x})[0] - goal).sum()) for one_of in (made, plain)]
+    assert errors[0] < 0.6 * errors[1]
+    assert not one(made).modified
+
+
+def test_sparsegpt_in_a_convolution_and_a_turned_product() -> None:
+    text = """(float[N,8,6,6] x, float[8,8,3,3] c, float[5,72] g) => (float[N,5] y) {
+      a = Conv<pads = [1,1,1,1], strides = [2,2]>(x, c)
+      p = MaxPool<kernel_shape = [2,2], pads = [0,0,1,1], strides = [1,1]>(a)
+      r = Relu(p)
+      f = Flatten(r)
+      y = Gemm<transB = 1>(f, g)
+    }"""
+    made = model(text, c=draw(8, 8, 3, 3, spread=0.2), g=draw(5, 72, spread=0.2))
+    x = draw(64, 8, 6, 6, seed=3)
+    goal = run(made, {"x": x})[0]
+    other = made.clone()
+    PruneSparseGPT(m=4, min_elements=1, calibration=[{"x": x}])(made)
+    PruneNM(min_elements=1)(other)
+    conv, product = (weight(made.graph.initializers[name]) for name in "cg")
+    assert conv is not None
+    assert product is not None
+    assert (np.count_nonzero(np.moveaxis(conv, 1, -1).reshape(-1, 4), axis=1) <= 2).all()
+    assert (np.count_nonzero(product.reshape(-1, 4), axis=1) <= 2).all()
+    errors = [float(np.square(run(one, {"x": x})[0] - goal).mean()) for one in (made, other)]
+    assert errors[0] < 0.7 * errors[1]
+
+
 def test_bad_options_and_missing_data_are_named() -> None:
     for text, message in (
         ('name = "prune-wanda"\nn = 5\nm = 4', "5:4"),
@@ -126,7 +172,7 @@ def test_bad_options_and_missing_data_are_named() -> None:
     ):
         with pytest.raises(BadInput, match=message):
             recipe.parse(f"[[pass]]\n{text}")
-    for one in (PruneWanda(min_elements=1), PruneLayers(count=1)):
+    for one in (PruneWanda(min_elements=1), PruneSparseGPT(min_elements=1), PruneLayers(count=1)):
         with pytest.raises(BadInput, match="representative inputs"):
             one(stack(1.0))
     with declining() as notes:
