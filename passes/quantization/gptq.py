@@ -35,7 +35,7 @@ def quantize(matrix: Array, form: Form, moment: Array, *, damping: float = 0.01)
     diagonal = np.diag(moment).copy()
     made = blocks.searched(matrix, form, np.maximum(diagonal, 1e-12 * diagonal.max(initial=1.0)))
     order = np.argsort(-diagonal, kind="stable")
-    factor = _inverse_factor(moment[np.ix_(order, order)], damping)
+    factor = inverse_factor(moment[np.ix_(order, order)], damping)
     left = matrix[order].astype(np.float32)
     block_of = order // form.block_size
     for start in range(0, rows, _STEP):
@@ -52,7 +52,7 @@ def quantize(matrix: Array, form: Form, moment: Array, *, damping: float = 0.01)
     return made
 
 
-def _inverse_factor(moment: Array, damping: float) -> Array:
+def inverse_factor(moment: Array, damping: float) -> Array:
     """The upper Cholesky factor of the inverse of a moment, damped until it has one."""
     matrix = moment.astype(np.float64)
     diagonal = np.einsum("ii->i", matrix)
