@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from trivium.compiler.cost import does_not_fit
 from trivium.compiler.errors import BadInput, TriviumError
 from trivium.compiler.job import SAMPLES
 from trivium.compiler.prepare import Progress, silent
+from trivium.compiler.recipe import Context
 from trivium.compiler.timing import time_calls
 from trivium.compiler.types import Candidate, Estimate, Target, Workload
 
@@ -103,21 +104,21 @@ def compare(
         BadInput: A dimension is left symbolic; the message names it and the flag.
     """
     path = Path(model)
+    progress("reading the model")
+    source = _Source.read(path, shape, calibration, seed)
     found = [target_names.find(t) if isinstance(t, str) else t for t in targets or all_targets()]
     candidates: list[Candidate] = []
-    workload = Workload()
     for given in recipes:
         chosen = recipe.read(given) if isinstance(given, str) else given
         pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
-        for optimized in _optimized(path, chosen, shape, calibration, seed, pairs, progress):
-            workload = optimized.workload
+        for optimized in _optimized(source, chosen, pairs, progress):
             for target, name in optimized.pairs:
-                progress(f"{target.name} with {name}")
+                progress(f"predicting: {target.name} with {name}")
                 candidates.append(_candidate(optimized, target, name, chosen.name))
     if measure:
         timed = _Measurement(path, shape, calibration, seed, options or {}, progress)
         candidates = [timed.of(candidate) for candidate in candidates]
-    return Comparison(path.name, workload, tuple(sorted(candidates, key=_order)))
+    return Comparison(path.name, source.workload, tuple(sorted(candidates, key=_order)))
 
 
 def all_targets() -> list[str]:
@@ -126,57 +127,87 @@ def all_targets() -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """The model in normal form with its shapes bound, read once for all recipes and targets."""
+
+    model: ir.Model
+    workload: Workload
+    feeds: Sequence[Tensors]
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        shape: Sequence[str],
+        calibration: str | os.PathLike[str] | Sequence[Tensors] | None,
+        seed: int,
+    ) -> _Source:
+        loaded = models.load(path)
+        workload = shapes.parse(shape, models.signature(loaded)[0])
+        shapes.bind(loaded, workload)
+        shapes.require_static(models.signature(loaded)[0], "a prediction")
+        feeds = _feeds(loaded, workload, calibration, seed)
+        prepare.run_recipe(loaded, recipe.read("none"), Context(workload=workload))
+        return cls(loaded, workload, feeds, seed)
+
+
+@dataclass(frozen=True)
 class _Optimized:
     """A model after a recipe, and the targets and backends that it was optimized for.
 
     Attributes:
         problem: Why the recipe could not be run, if it could not.
+        legalized: What backends made of it so far, by the passes that they ran.
     """
 
     model: ir.Model
     workload: Workload
     pairs: list[tuple[Target, str]]
     problem: str = ""
+    legalized: dict[str, ir.Model] = field(default_factory=dict)
+
+    def legalize(self, backend: Backend, target: Target) -> prepare.Prepared:
+        """Legalize for a target; targets for which a backend runs the same passes share a graph."""
+        key = f"{backend.name} {[_identity(one) for one in backend.legalize(target)]}"
+        if key not in self.legalized:
+            made = prepare.legalize(self.model.clone(), backend, target, self.workload)
+            self.legalized[key] = made.model
+            return made
+        return prepare.judge(self.legalized[key], backend, target, self.workload)
+
+
+def _identity(one: ir.passes.PassBase) -> str:
+    """What tells a pass from another: its options, where it has any."""
+    options = repr(one) if is_dataclass(one) else f"{id(one)}"
+    return f"{type(one).__module__}.{type(one).__qualname__} {options}"
 
 
 def _optimized(
-    path: Path,
-    chosen: Recipe,
-    shape: Sequence[str],
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None,
-    seed: int,
-    pairs: Sequence[tuple[Target, str]],
-    progress: Progress,
+    source: _Source, chosen: Recipe, pairs: Sequence[tuple[Target, str]], progress: Progress
 ) -> Iterator[_Optimized]:
-    """Run the recipe once, or once for each backend or target that its passes ask for."""
+    """Sketch the recipe once, or once for each backend or target that its passes ask for."""
     groups: dict[tuple[str, str], list[tuple[Target, str]]] = {}
     by_target, by_backend = recipe.asks_for(chosen, "target"), recipe.asks_for(chosen, "backend")
     for target, backend in pairs:
         key = (target.name if by_target else "", backend if by_backend else "")
         groups.setdefault(key, []).append((target, backend))
     for key, group in groups.items():
-        progress(" ".join(("recipe", chosen.name, *key)))
-        loaded = models.load(path)
-        inputs, _ = models.signature(loaded)
-        workload = shapes.parse(shape, inputs)
-        bound = loaded.clone()
-        shapes.bind(bound, workload)
-        shapes.require_static(models.signature(bound)[0], "a prediction")
-        feeds = _feeds(bound, workload, calibration, seed)
+        progress(" ".join(("recipe", chosen.name, *filter(None, key))))
+        made = source.model.clone()
+        context = Context(
+            group[0][0] if by_target else None,
+            source.feeds,
+            source.workload,
+            source.seed,
+            group[0][1] if by_backend else None,
+        )
         problem = ""
         try:
-            prepare.optimize(
-                loaded,
-                chosen,
-                shape=shape,
-                calibration=feeds,
-                target=group[0][0] if by_target else None,
-                backend=group[0][1] if by_backend else None,
-                seed=seed,
-            )
+            recipe.sketch(chosen, made, context)
         except TriviumError as error:
             problem = f"recipe {chosen.name}: {error}"
-        yield _Optimized(loaded, workload, group, problem)
+        yield _Optimized(made, source.workload, group, problem)
 
 
 def _feeds(
@@ -221,7 +252,7 @@ def _candidate(
         return replace(made, refusals=(f"the backend {backend_name} is not installed",))
     backend: Backend = plugins.get("trivium.backends", backend_name)
     try:
-        prepared = prepare.legalize(optimized.model.clone(), backend, target, optimized.workload)
+        prepared = optimized.legalize(backend, target)
         if prepared.refusals:
             return replace(made, refusals=prepared.refusals)
         estimate = prepare.predict(prepared, target)

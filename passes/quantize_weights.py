@@ -17,6 +17,8 @@ from trivium.compiler.passing import (
     is_constant,
     is_op,
     option,
+    outline,
+    sketching,
     unread,
     weight,
 )
@@ -108,16 +110,19 @@ class QuantizeWeights(Pass):
     def _quantize(
         self, graph: ir.Graph, value: ir.Value, readers: list[ir.Node], order: dict[ir.Node, int]
     ) -> bool:
-        array = weight(value)
-        assert array is not None
-        if not np.isfinite(array).all():
-            bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-            return decline(value, f"{bad} of {array.size} values are NaN or infinite")
         transposed = _transposed(readers[0])
-        matrix = array.T if transposed else array
         bits, block_size = self._form(readers[0])
-        parts = self._blocks(matrix, bits, block_size)
-        del array, matrix
+        if sketching():
+            shape = value.shape.numpy() if value.shape is not None else ()
+            parts = self._outline(shape[::-1] if transposed else shape, bits, block_size)
+        else:
+            array = weight(value)
+            assert array is not None
+            if not np.isfinite(array).all():
+                bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+                return decline(value, f"{bad} of {array.size} values are NaN or infinite")
+            parts = self._blocks(array.T if transposed else array, bits, block_size)
+            del array
         name = value.name or "weight"
         stored = [
             initializer(graph, part, f"{name}_{what}")
@@ -142,6 +147,19 @@ class QuantizeWeights(Pass):
         if unread(value):
             graph.initializers.pop(name)
         return True
+
+    def _outline(
+        self, shape: tuple[int, ...], bits: int, block_size: int
+    ) -> list[ir.TensorProtocol]:
+        """The form of what `_blocks` returns."""
+        rows, columns = shape
+        grid = _grid(bits, self.symmetric)
+        wide = ir.DataType.INT8 if grid.signed else ir.DataType.UINT8
+        narrow = ir.DataType.INT4 if grid.signed else ir.DataType.UINT4
+        codes = wide if bits == 8 else narrow
+        blocks = (-(-rows // block_size), columns)
+        parts = [outline(codes, shape), outline(ir.DataType.FLOAT, blocks)]
+        return parts if self.symmetric else [*parts, outline(codes, blocks)]
 
     def _blocks(self, matrix: Array, bits: int, block_size: int) -> list[ir.TensorProtocol]:
         """Quantize a [K, N] matrix along K: codes, scales and, if asymmetric, zero points."""
