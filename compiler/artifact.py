@@ -111,7 +111,7 @@ class Artifact:
 
     def load(self) -> Executable:
         """Load it onto its target, or the nearest stand-in here; see ``Backend.load``."""
-        return self._loaded(self.backend.load)
+        return self._loaded("load")
 
     def load_to_verify(self) -> Executable:
         """The same, in the way in which the backend can show the most of the target.
@@ -119,10 +119,16 @@ class Artifact:
         A backend may have ``load_to_verify`` beside ``load`` where that costs more than a user
         who only wants the outputs should pay, such as simulating several devices.
         """
-        return self._loaded(getattr(self.backend, "load_to_verify", self.backend.load))
+        return self._loaded("load_to_verify")
 
-    def _loaded(self, load: Callable[[Artifact], Executable]) -> Executable:
+    def _loaded(self, how: str) -> Executable:
         try:
+            if self.manifest["parts"]:
+                from trivium.compiler import parts
+
+                return parts.load(self, how)
+            load: Callable[[Artifact], Executable]
+            load = getattr(self.backend, how, self.backend.load)
             return load(self)
         except (LookupError, TypeError, ValueError, FileNotFoundError) as error:
             # What a backend wrote of its own (``details``, side files) is for it alone to read.
@@ -174,7 +180,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): file_hash(file)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file != folder / MANIFEST
     }
 
 

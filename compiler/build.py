@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trivium
-from trivium.compiler import cache, reference, samples, verify
+from trivium.compiler import cache, parts, reference, samples, verify
 from trivium.compiler import model as models
+from trivium.compiler import recipe as recipes
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
@@ -27,10 +28,14 @@ from trivium.compiler.prepare import (
     silent,
 )
 from trivium.compiler.recipe import Applied, Recipe
-from trivium.compiler.types import Built, Estimate, Target
+from trivium.compiler.types import Built, Estimate, Target, Workload
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from trivium.compiler.backend import Tensors
+    from trivium.compiler.generator import Generator
+    from trivium.compiler.parts import Part
 
 
 def compile(
@@ -41,7 +46,7 @@ def compile(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
@@ -61,7 +66,7 @@ def compile(
         recipe: The passes to run between normal form and the backend.
         shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension, ``DIM=16,64`` for
             one that takes several sizes.
-        calibration: Representative inputs: an ``.npz`` file, or feeds.
+        calibration: Representative inputs: an ``.npz`` file, a folder of them, or feeds.
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backend.
@@ -116,7 +121,9 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     feeds, source, no_reference = job.run_reference()
 
     progress(f"recipe {job.recipe.name}")
-    applied = run_recipe(model, job.recipe, job.context(feeds))
+    # What has to see the caches of a generator runs after they are made, and changes no number.
+    before, after = recipes.split(job.recipe)
+    applied = run_recipe(model, before, job.context(feeds))
     tolerance = verify.tolerance_for(model)
     inputs, outputs = models.signature(model)
     signature = {
@@ -127,30 +134,21 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     if job.recipe.preserves == "lossy" and source is not None:
         optimized = reference.run_model(model, feeds)
 
-    generator, workload, inserted = generating.prepare(model, job)
-    applied += inserted
-
-    progress(f"legalizing for {job.backend.name}")
-    prepared = legalize(model, job.backend, job.target, workload)
-    if prepared.refusals:
-        raise refused(prepared, job.target)
-    step = prepared if generator is None else generating.one_step(prepared, generator)
-    estimate = predict(step, job.target)
-
-    progress(f"building with {job.backend.name}")
     expected = optimized.outputs if optimized is not None and not random else ()
-    request = BuildRequest(
-        job.target,
-        workload,
-        folder,
-        samples=feeds,
-        expected=expected,
-        options=job.options,
-        estimate=estimate,
-        generator=generator,
-    )
-    with blaming(f"backend {job.backend.name}"):
-        built = job.backend.build(model, request)
+    samples = Samples(feeds, expected)
+    generator: Generator | None = None
+    inserted: list[Applied] = []
+    if parts.PARTS in model.metadata_props:
+        applied += recipes.run(after, model, job.context(feeds))
+        pieces = parts.split(model)
+        prepared, built, estimate = _build_parts(folder, job, pieces, samples, progress)
+    else:
+        generator, workload, inserted = generating.prepare(model, job)
+        applied += inserted + recipes.run(after, model, job.context(feeds))
+        prepared = _legalize([model], job, workload, progress)[0]
+        step = prepared if generator is None else generating.one_step(prepared, generator)
+        estimate = predict(step, job.target)
+        built = _build(folder, job, prepared, samples, estimate, progress, generator)
     (folder / "recipe.lock.toml").write_text(job.lock(), encoding="utf-8")
     manifest = _manifest(job, prepared, built, estimate, applied)
     if generator is not None:
@@ -178,6 +176,72 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     manifest["verification"] = verification.to_json()
     manifest["seconds"] = round(time.perf_counter() - started, 3)
     write_manifest(folder, manifest)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a program is built and verified on; nothing is expected where no reference ran."""
+
+    feeds: Sequence[Tensors]
+    expected: Sequence[Tensors]
+
+
+def _legalize(
+    pieces: Sequence[ir.Model], job: Job, workload: Workload, progress: Progress
+) -> list[Prepared]:
+    """Legalize models for the backend; all that it refuses in any of them is one error."""
+    progress(f"legalizing for {job.backend.name}")
+    prepared = [legalize(piece, job.backend, job.target, workload) for piece in pieces]
+    refusals = tuple(line for one in prepared for line in one.refusals)
+    if refusals:
+        raise refused(replace(prepared[0], refusals=refusals), job.target)
+    return prepared
+
+
+def _build(
+    folder: Path,
+    job: Job,
+    prepared: Prepared,
+    samples: Samples,
+    estimate: Estimate,
+    progress: Progress,
+    generator: Generator | None = None,
+) -> Built:
+    progress(f"building with {job.backend.name}")
+    request = BuildRequest(
+        job.target,
+        prepared.workload,
+        folder,
+        samples=samples.feeds,
+        expected=samples.expected,
+        options=job.options,
+        estimate=estimate,
+        generator=generator,
+    )
+    with blaming(f"backend {job.backend.name}"):
+        return job.backend.build(prepared.model, request)
+
+
+def _build_parts(
+    folder: Path, job: Job, pieces: Sequence[Part], samples: Samples, progress: Progress
+) -> tuple[Prepared, Built, Estimate]:
+    """Build each part in a folder of its own; the artifact's signature is that of the whole."""
+    whole = models.signature(job.model)
+    prepared = _legalize([piece.model for piece in pieces], job, job.workload, progress)
+    estimates = {
+        piece.name: predict(one, job.target) for piece, one in zip(pieces, prepared, strict=True)
+    }
+    built = {}
+    for piece, one in zip(pieces, prepared, strict=True):
+        own = folder / piece.name
+        own.mkdir()
+        ready = parts.samples_of(one, samples.feeds, samples.expected)
+        estimate = estimates[piece.name]
+        built[piece.name] = _build(own, job, one, Samples(*ready), estimate, progress)
+    applied = tuple(row for one in prepared for row in one.applied)
+    shown = replace(prepared[0], applied=applied, inputs=whole[0], outputs=whole[1])
+    tables = {piece.name: one for piece, one in zip(pieces, prepared, strict=True)}
+    return shown, parts.joined(built, tables), parts.total(estimates)
 
 
 def _manifest(
@@ -209,6 +273,7 @@ def _manifest(
         "memory": dict(built.memory),
         "details": dict(built.details),
         "estimate": estimate_json(estimate),
+        "parts": list(built.parts),
         "generator": None,
         "notes": [*models.notes_of(job.model), *built.notes],
     }
@@ -308,7 +373,7 @@ def dry_run(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     seed: int = 0,
 ) -> DryRun:
     """Run the passes and the cost model, build nothing."""

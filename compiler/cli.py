@@ -375,7 +375,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calib", metavar="FILE.npz", help="representative inputs")
+    parser.add_argument(
+        "--calib", metavar="DATA", help="representative inputs: an .npz, or a folder of them"
+    )
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ class CacheInfo:
         sizes = [d for axis, d in enumerate(self.shape) if axis not in own and isinstance(d, int)]
         return math.prod(sizes) * int(numpy_dtype(self.dtype).itemsize)
 
+    def sized(self, rows: int, capacity: int) -> tuple[int, ...]:
+        """The shape of a buffer."""
+        sizes = {self.batch_axis: rows, self.length_axis: capacity}
+        return tuple(sizes[a] if a in sizes else int(d) for a, d in enumerate(self.shape))
+
 
 @dataclass(frozen=True)
 class Role:

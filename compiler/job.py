@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from trivium.compiler import model as models
 from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
 from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.feeds import read as read_feeds
 from trivium.compiler.prepare import Progress, choose_backend, silent
 from trivium.compiler.recipe import Context, Recipe
 from trivium.compiler.types import Target, Workload
@@ -130,7 +131,7 @@ def resolve(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
@@ -150,8 +151,7 @@ def resolve(
     workload = shapes.parse(shape, models.signature(model)[0])
     # Bound first: a calibration file is cut into feeds of the batch that will be compiled.
     shapes.bind(model, workload)
-    if isinstance(calibration, (str, os.PathLike)):
-        calibration = samples.read_npz(calibration, models.signature(model)[0])
+    data = read_feeds(calibration, models.signature(model)[0]) if calibration is not None else None
     facts = {
         "trivium": cache.fingerprint(),
         "model": sha256,
@@ -160,7 +160,7 @@ def resolve(
         "toolchain": chosen.toolchain(),
         "recipe": recipes.lock(steps, seed=seed, model_sha256="", calibration=None),
         "shape": sorted(shape),
-        "calibration": samples.digest(calibration) if calibration is not None else None,
+        "calibration": samples.digest(data) if data is not None else None,
         "max_error": max_error,
         "options": dict(sorted((options or {}).items())),
         "generating": repr(generating),
@@ -173,7 +173,7 @@ def resolve(
         backend=chosen,
         recipe=steps,
         workload=workload,
-        calibration=calibration,
+        calibration=data,
         max_error=max_error,
         seed=seed,
         options=dict(options or {}),

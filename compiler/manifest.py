@@ -26,6 +26,10 @@ def problem(manifest: Any) -> Problem:
             return f"its {key!r} is {_shown(manifest[key])}"
     named = [program["file"] for program in manifest["programs"]]
     named += [manifest["weights"]] if manifest["weights"] is not None else []
+    for part in manifest["parts"]:
+        own = [program["file"] for program in part["programs"]]
+        own += [part["weights"]] if part["weights"] is not None else []
+        named += [f"{part['name']}/{file}" for file in own]
     if (generator := manifest["generator"]) is not None:
         named += [generator[key] for key in ("tokenizer", "chat_template") if generator[key]]
     outside = [name for name in named if name not in manifest["files"]]
@@ -138,6 +142,19 @@ _GENERATOR = _holding(
 
 _TENSORS = _list_of(_holding(name=_text, dtype=_dtype, shape=_list_of(_dim)))
 
+_PROGRAMS = _list_of(
+    _holding(name=_text, file=_some_text, inputs=_TENSORS, outputs=_TENSORS), least=1
+)
+
+_PART = _holding(
+    name=lambda value: isinstance(value, str) and value.isidentifier(),
+    programs=_PROGRAMS,
+    weights=_either(_some_text),
+    details=_table,
+    inputs=_TENSORS,
+    outputs=_TENSORS,
+)
+
 _KEYS: Mapping[str, Check] = {
     "model": _holding(name=_text, sha256=_text),
     "target": _some_text,
@@ -146,13 +163,12 @@ _KEYS: Mapping[str, Check] = {
     "toolchain": _table_of(_text),
     "inputs": _TENSORS,
     "outputs": _TENSORS,
-    "programs": _list_of(
-        _holding(name=_text, file=_some_text, inputs=_TENSORS, outputs=_TENSORS), least=1
-    ),
+    "programs": _PROGRAMS,
     "weights": _either(_some_text),
     "memory": _table,
     "details": _table,
     "estimate": _either(_table),
+    "parts": _list_of(_PART),
     "generator": _either(_generator),
     "notes": _list_of(_text),
     "verification": _holding(status=_text, compared=_either(_table)),

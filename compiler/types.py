@@ -29,8 +29,15 @@ class Target:
         name: ``vendor-device`` or ``vendor-device:slice``, as on the command line.
         backends: Names of the backends that serve it, the default first.
         peak_ops: Dense operations per second by dtype (``float32``, ``bfloat16``, ``int8``, ...).
+        on_chip_parts: Caches that each keep a copy of what all units read.
         launch_s: Cost of starting one kernel, seconds.
+        base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
+            ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
+        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
+            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
+            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
+            collective, and the ``efficiency`` that was measured.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.
@@ -46,12 +53,15 @@ class Target:
     memory_bytes: float | None = None
     memory_bytes_per_s: float | None = None
     on_chip_bytes: float | None = None
+    on_chip_parts: int = 1
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
+    interconnect: Mapping[str, float] = field(default_factory=dict)
     watts: float | None = None
     idle_watts: float | None = None
     usd_per_hour: float | None = None
     clock_hz: float | None = None
+    base_clock_hz: float | None = None
     units: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     chips: int = 1
@@ -193,6 +203,7 @@ class Built:
         details: Whatever else belongs into the manifest, JSON-serializable.
         notes: What could not be done here, and why.
         generator: How to drive it, where that is not as it was asked for.
+        parts: What each part holds, of a model that has several (`trivium.compiler.parts`).
     """
 
     programs: tuple[Program, ...]
@@ -201,6 +212,7 @@ class Built:
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     generator: Generator | None = None
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

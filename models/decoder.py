@@ -131,7 +131,8 @@ def build_onto(builder: Builder, spec: Decoder, images: ir.Value | None = None) 
     """Build a decoder into a graph that has something before it.
 
     Args:
-        images: float [images, patches, hidden_size], for ``spec.image_token``.
+        images: float [images, patches, hidden_size], for ``spec.image_token``; the embeddings
+            with these in their places are then an output too, ``inputs_embeds``.
 
     Raises:
         BadInput: The checkpoint lacks a tensor, or its shape is not what the options imply.
@@ -198,6 +199,7 @@ class _Build:
                 x = b.op("Add", x, b.op("Gather", places, self.positions))
             if self.images is not None:
                 x = self._with_images(x, self.images)
+                b.output("inputs_embeds", x, ("batch", "seq", spec.hidden_size))
             return x
 
     def _with_images(self, x: ir.Value, images: ir.Value) -> ir.Value:

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from trivium.compiler import parts
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.models import clip, decoder
 from trivium.models.builder import ACTIVATIONS, Builder
@@ -41,13 +42,20 @@ class Vision:
     activation: str
     bias: bool
 
+    @property
+    def seen(self) -> int:
+        """How many features the language model gets of an image."""
+        return self.tower.patches + (not self.drop_first)
+
 
 def build(folder: Path) -> ir.Model:
     """Build a LLaVA checkpoint.
 
     Inputs: pixel_values, float [images, 3, height, width]; input_ids and attention_mask, int64
-    [batch, seq], with as many image tokens as the images have patches together. Output: logits
-    [batch, seq, vocab].
+    [batch, seq], with as many image tokens as the images have patches together. Outputs, each by
+    a part of its own: image_features [images, patches, width of the tower], by ``vision``;
+    inputs_embeds [batch, seq, hidden], the prompt with the images in their places, by
+    ``projector``; logits [batch, seq, vocab], by ``decoder``.
 
     Raises:
         BadInput: Config and tensors do not make a LLaVA.
@@ -73,8 +81,15 @@ def build(folder: Path) -> ir.Model:
     size = vision.tower.image_size
     shape = ("images", vision.tower.num_channels, size, size)
     pixels = b.input("pixel_values", ir.DataType.FLOAT, shape)
-    features = _project(b, vision, _look(b, vision, pixels), spec.hidden_size)
-    return decoder.build_onto(b, spec, features)
+    patches = _look(b, vision, pixels)
+    b.output("image_features", patches, ("images", vision.seen, vision.tower.hidden_size))
+    rows = _project(b, vision, patches, spec.hidden_size)
+    model = decoder.build_onto(b, spec, rows)
+    parts.declare(
+        model,
+        {"vision": ["image_features"], "projector": ["inputs_embeds"], "decoder": ["logits"]},
+    )
+    return model
 
 
 def _part(config: Config, key: str, known: str, defaults: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
@@ -45,7 +46,9 @@ class QuantizeStatic(Pass):
     preserves: ClassVar[Preserves] = "lossy"
 
     method: str = option(
-        "entropy", "How a tensor's range is chosen from its values", choices=("entropy", "minmax")
+        "entropy",
+        "How a tensor's range is chosen from its values",
+        choices=tuple(sorted(OBSERVERS)),
     )
     policy: str = option(
         "auto", "Whose placement of Q/DQ to use", choices=("auto", *sorted(PLACEMENTS))
@@ -66,6 +69,8 @@ class QuantizeStatic(Pass):
         (),
         "Layers that differ: NAME=float, or NAME=int4 for its weight; the last match counts",
     )
+
+    state: str = option("", "File that keeps the statistics: a killed calibration goes on from it")
 
     backend: str | None = from_context("backend")
     calibration: Iterable[Tensors] | None = from_context("calibration")
@@ -163,7 +168,8 @@ class QuantizeStatic(Pass):
             outside = value.is_graph_input() or value.is_graph_output()
             return OBSERVERS["minmax" if outside else self.method](count)
 
-        seen = calibrate(model, values, self.calibration, make)
+        state = Path(self.state) if self.state else None
+        seen = calibrate(model, values, self.calibration, make, state=state)
         if seen.samples == 1:
             decline(
                 model.graph.inputs[0],

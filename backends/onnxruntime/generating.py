@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.compiler.errors import BackendFailed
 from trivium.compiler.generation.slots import SlotDecoder
-from trivium.compiler.generator import CacheInfo, Generator
+from trivium.compiler.generator import Generator
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import numpy_dtype
 
@@ -52,7 +52,7 @@ class OnnxRuntimeDecoder(SlotDecoder):
 
         length = capacity if self.generator.form == "static" else 0
         return [
-            _value(np.zeros(_shape(cache, rows, length), numpy_dtype(cache.dtype)))
+            _value(np.zeros(cache.sized(rows, length), numpy_dtype(cache.dtype)))
             for cache in self.generator.caches
         ]
 
@@ -81,7 +81,7 @@ class OnnxRuntimeDecoder(SlotDecoder):
             held = [own[index].numpy() for own in buffers]
             static = self.generator.form == "static"
             length = held[0].shape[cache.length_axis] if static else slots.shape[1]
-            new = np.zeros(_shape(cache, len(places), length), held[0].dtype)
+            new = np.zeros(cache.sized(len(places), length), held[0].dtype)
             rows = np.moveaxis(new, (cache.batch_axis, cache.length_axis), (0, 1))
             for row, (source, place) in enumerate(places):
                 old = np.moveaxis(held[source], (cache.batch_axis, cache.length_axis), (0, 1))
@@ -104,8 +104,3 @@ def _value(array: Array) -> Any:
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-
-def _shape(cache: CacheInfo, rows: int, length: int) -> tuple[int, ...]:
-    sizes = {cache.batch_axis: rows, cache.length_axis: length}
-    return tuple(sizes[axis] if axis in sizes else int(dim) for axis, dim in enumerate(cache.shape))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import partition, weights
+from trivium.backends.xla import partition, platforms, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -50,9 +50,15 @@ class XlaExecutable:
         stored = weights.arrays(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
         self._spread: dict[str, Any] = {}
+        generator = artifact.generator
+        self.caches = [cache.past for cache in generator.caches] if generator is not None else []
         self._programs = [
             (program.inputs, self._load(artifact.path, program)) for program in artifact.programs
         ]
+        self.named = {
+            program.name: function
+            for program, (_, function) in zip(artifact.programs, self._programs, strict=True)
+        }
         self.inputs: Sequence[TensorInfo] = artifact.inputs
         self._place(stored)
 
@@ -101,20 +107,43 @@ class XlaExecutable:
         mesh = partition.mesh_of(split, self._devices[: split.devices])
         self._whole = partition.sharding(mesh, [])
         self._spread |= partition.shardings(mesh, split.weights, split.weights)
-        names = [info.name for info in program.inputs]
+        names = [info.name for info in program.inputs if info.name not in self.caches]
         given = partition.shardings(mesh, names, split.inputs)
+        options = platforms.compiler_options(self._devices[0].platform)
+        shardings: tuple[Any, ...] = (None, given)
+        if self.caches:
+            self.held = partition.shardings(mesh, self.caches, split.inputs)
+            shardings = (*shardings, self.held)
         with precise():
-            return jax.jit(exported.call, in_shardings=(None, given))
+            return jax.jit(
+                exported.call,
+                in_shardings=shardings,
+                donate_argnums=(2,) if self.caches else (),
+                compiler_options=options,
+            )
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
 
-        from trivium.backends.xla.lowering import precise
+        from trivium.backends.xla.lowering import packing, precise
 
+        # The order of axes is the model's doing, and so the same in all programs.
+        orders = next(iter(self._details["programs"].values())).get("packed", {})
         with precise():
             for name, array in stored.items():
                 where = self._spread.get(name, self._whole)
-                self._weights[name] = jax.device_put(array, where)
+                packed = packing.packed(array, orders.get(name))
+                self._weights[name] = jax.device_put(packed, where)
+
+    @property
+    def program_inputs(self) -> Sequence[TensorInfo]:
+        """Of the first program; the others take the same in other sizes."""
+        return self._programs[0][0]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """On the devices, by name."""
+        return self._weights
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np

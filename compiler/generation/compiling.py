@@ -72,7 +72,10 @@ def prepare(model: ir.Model, job: Job) -> tuple[Generator | None, Workload, list
             )
         return None, job.workload, applied
     found = _with_facts(found, job.source, asked.context)
-    return (*_sized(found, model, job), applied)
+    generator, workload = _sized(found, model, job)
+    if generator.form == "static":
+        shapes.bind(model, workload)
+    return generator, workload, applied
 
 
 def _insert_cache(model: ir.Model, form: str) -> Applied:

@@ -73,11 +73,15 @@ class SlotDecoder(ABC):
         """Return new buffers: row r is row ``places[r][1]`` of cache ``places[r][0]``, its slot j
         what was in slot ``slots[r, j]``; the content of slots that are -1 does not matter."""
 
+    def _capacity(self, wanted: int) -> int:
+        """How many tokens a row has room for when so many are asked for."""
+        return wanted
+
     # The protocol of `trivium.compiler.generator.Decoder`.
 
     def start(self, rows: int = 1, capacity: int | None = None) -> SlotCache:
         limit = self.generator.context
-        capacity = limit if capacity is None else min(capacity, limit)
+        capacity = self._capacity(limit if capacity is None else min(capacity, limit))
         fixed = self.generator.rows
         if fixed is not None and rows != fixed:
             raise BadInput(
@@ -214,6 +218,11 @@ class SlotDecoder(ABC):
 
     def truncate(self, cache: SlotCache, lengths: Sequence[int]) -> None:
         if list(lengths) == cache.lengths:
+            return
+        cut = {have - length for have, length in zip(cache.lengths, lengths, strict=True)}
+        if len(cut) == 1 and self.generator.form == "static":
+            # What is beyond the filled slots is written over.
+            cache.lengths = list(lengths)
             return
         places = [(0, row, length) for row, length in enumerate(lengths)]
         kept = self._combine([cache], places, cache.capacity)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trivium
-from tests.generation.conftest import VOCAB, Array, greedy
+from tests.generation.conftest import VOCAB, greedy
+from tests.generation.oracle import Oracle
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generator import Decoder, Generator
@@ -28,18 +28,6 @@ def compiled(path: Path, out: Path, **options: Any) -> Artifact:
 def decoder_of(artifact: Artifact) -> Decoder[Any]:
     found: Decoder[Any] = artifact.load().generator()  # type: ignore[attr-defined]
     return found
-
-
-class Oracle:
-    """The source model, run on whole sequences."""
-
-    def __init__(self, path: Path) -> None:
-        self._session = ort.InferenceSession(path)
-
-    def __call__(self, tokens: list[int]) -> Array:
-        feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), int)}
-        logits: Array = self._session.run(["logits"], feed)[0][0]
-        return logits
 
 
 @pytest.fixture(scope="module")

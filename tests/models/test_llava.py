@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import trivium
 from trivium.compiler import model as models
+from trivium.compiler import parts
+from trivium.compiler.errors import BadInput
 
 from .conftest import assert_normal_form, run
 
@@ -82,3 +85,40 @@ def test_random_llava_equals_transformers(
         expected = theirs(**{name: torch.tensor(array) for name, array in feed.items()})
     valid = feed["attention_mask"] == 1
     np.testing.assert_allclose(actual[valid], expected.logits.numpy()[valid], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "xla"])
+def test_llava_is_three_programs_of_one_artifact(backend: str, tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "llava")
+    import torch
+
+    feed = prompts(9)
+    shape = [f"{name}={size}" for name, size in (("images", 3), ("batch", 2), ("seq", 25))]
+    artifact = trivium.compile(
+        tmp_path / "llava", "cpu", backend=backend, out=tmp_path / "artifact",
+        shape=shape if backend == "xla" else (), calibration=[feed], use_cache=False,
+    )  # fmt: skip
+    assert [program.name for program in artifact.programs] == ["vision", "projector", "decoder"]
+    assert artifact.manifest["verification"]["status"] == "passed"
+    assert [info.name for info in artifact.programs[1].inputs] == ["input_ids", "image_features"]
+    loaded = trivium.Artifact.open(tmp_path / "artifact").load()
+    assert isinstance(loaded, parts.Chain)
+    with torch.no_grad():
+        expected = theirs(**{name: torch.tensor(array) for name, array in feed.items()})
+    valid = feed["attention_mask"] == 1
+    actual = loaded.run(feed)["logits"]
+    np.testing.assert_allclose(actual[valid], expected.logits.numpy()[valid], atol=1e-4)
+    # A second question about the same images: the tower is not run again.
+    seen = loaded.parts["vision"].run(feed)
+    embedded = loaded.parts["projector"].run({**feed, **seen})
+    again = loaded.parts["decoder"].run({**feed, **embedded})
+    np.testing.assert_array_equal(again["logits"], actual)
+
+
+def test_parts_must_be_the_outputs(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    model = models.load(tmp_path)
+    parts.declare(model, {"vision": ["image_features"], "decoder": ["logits"]})
+    with pytest.raises(BadInput, match=r"trivium\.parts"):
+        parts.split(model)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from trivium.backends.xla.lowering import lower, precise
 from trivium.backends.xla.lowering.lazy import jnp
-from trivium.backends.xla.training import augment, data, losses, optimizers, sparsity
+from trivium.backends.xla.training import augment, data, losses, optimizers, sparsity, taylor
 from trivium.backends.xla.training.checkpoint import Checkpoint
 from trivium.backends.xla.training.loop import Look, Trained, Trainer, Watch
 from trivium.backends.xla.training.settings import Settings
@@ -119,6 +119,7 @@ def tune(
         workload,
         settings.seed,
         target.backend if target is not None else None,
+        taylor.provider(train, settings),
     )
     applied = _prepare(model, shortened, context)
     _prepare(origin, Recipe("none", ()), Context(workload=workload))

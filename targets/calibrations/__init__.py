@@ -1,0 +1,92 @@
+"""Where calibrations are found: the user's, then those that ship, the device's before its family's.
+
+``calibrations/DEVICE.toml`` and ``calibrations/FAMILY.toml`` beside this module were written by
+``benchmarks/fit_profiles.py``; what ``trivium calibrate`` writes goes to `folder` and comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from trivium.compiler.calibration import Calibration, Scope, from_toml
+from trivium.compiler.errors import BadInput
+from trivium.compiler.types import Target
+
+_SHIPPED = files("trivium.targets") / "calibrations"
+
+
+def folder() -> Path:
+    """The user's calibrations: ``$TRIVIUM_CALIBRATIONS``, or ``trivium/calibrations`` under
+    ``$XDG_CONFIG_HOME`` (by default ``~/.config``)."""
+    given = os.environ.get("TRIVIUM_CALIBRATIONS")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "trivium" / "calibrations"
+
+
+def find(target: Target, table: str) -> Calibration:
+    """Return the calibration of a device for one formula.
+
+    Coefficients that the nearer file leaves out are its family's.
+
+    Raises:
+        BadInput: No file has the table, not even the family's; or a file is broken.
+    """
+    name = target.name.partition(":")[0]
+    places: tuple[tuple[Mapping[str, Any], str, Scope], ...] = (
+        (_users(name), str(folder() / f"{name}.toml"), "device"),
+        (_shipped(name), f"calibration {name}", "device"),
+        (_shipped(target.family), f"calibration {target.family}", "family"),
+    )
+    found = [
+        from_toml(document[table], f"{about}, {table}", scope)
+        for document, about, scope in places
+        if table in document
+    ]
+    if not found:
+        raise BadInput(f"no calibration of {table}", about=target.name)
+    coefficients: dict[str, float] = {}
+    for calibration in reversed(found):
+        coefficients |= calibration.coefficients
+    nearest = found[0]
+    measured = nearest.scope == "device" or not nearest.points
+    return Calibration(
+        coefficients,
+        nearest.spread,
+        nearest.basis if measured else f"other devices: {nearest.basis}",
+        nearest.date,
+        nearest.points,
+        nearest.scope,
+    )
+
+
+def _users(name: str) -> Mapping[str, Any]:
+    path = folder() / f"{name}.toml"
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return {}
+    return _read(path, changed)
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, changed: int) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"not readable as TOML: {error}", about=str(path), remedy="calibrate anew, or remove it"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> Mapping[str, Any]:
+    file = _SHIPPED / f"{name}.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
