@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,9 +222,9 @@ def with_batch(shape: Sequence[str], inputs: Sequence[TensorInfo], batch: int | 
 
 
 def _identity(one: ir.passes.PassBase) -> str:
-    """What tells a pass from another: its options, where it has any."""
-    options = repr(one) if is_dataclass(one) else f"{id(one)}"
-    return f"{type(one).__module__}.{type(one).__qualname__} {options}"
+    """What tells a pass from another: its type, and all that it was made with."""
+    made = {f.name: getattr(one, f.name) for f in fields(one)} if is_dataclass(one) else vars(one)
+    return f"{type(one).__module__}.{type(one).__qualname__} {made!r}"
 
 
 def _optimized(

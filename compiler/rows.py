@@ -75,6 +75,7 @@ def row(candidate: Candidate) -> dict[str, Any]:
         "bound": estimate.bound if seconds is not None else None,
         "resources": dict(estimate.resources),
         "roofline": _roofline(target, estimate),
+        "operators": _operators(estimate),
         "measured": dict(candidate.measured) if candidate.measured is not None else None,
         "calibration": estimate.calibration,
         "notes": [*estimate.notes, *target.notes],
@@ -87,6 +88,19 @@ def _million(dollars: float | None, batch: int) -> float | None:
 
 def _pair(interval: tuple[float, float] | None, scale: float = 1.0) -> list[float] | None:
     return None if interval is None else [interval[0] * scale, interval[1] * scale]
+
+
+def _operators(estimate: Estimate) -> list[dict[str, Any]]:
+    """Where the time goes: seconds and kernels of every operator (or fusion), the longest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for op in estimate.by_op:
+        one = found.setdefault(op.op_type, {"op_type": op.op_type, "seconds": 0.0, "count": 0})
+        one["count"] += 1
+        one["seconds"] += op.seconds
+        # Of the kernel that takes longest, where they differ.
+        if op.seconds >= one.get("longest", 0.0):
+            one["longest"], one["bound"] = op.seconds, op.bound
+    return sorted(found.values(), key=lambda one: -float(one["seconds"]))
 
 
 def _roofline(target: Target, estimate: Estimate) -> dict[str, Any] | None:

@@ -221,3 +221,10 @@ def test_rows_carry_it_all() -> None:
     assert shown["batch"] == 4
     assert shown["energy_per_sample_j"] == pytest.approx(1e-3 / 4)
     assert shown["quality"] == {"drop": 0.1}
+
+
+def test_an_fpga_takes_a_batch_frame_by_frame() -> None:
+    rows = compare(digits.mlp(), ["amd-zcu104"], recipes=["int8"], batches=[1, 64]).rows
+    one, many = sorted(rows, key=lambda r: r["batch"])
+    assert many["latency_s"] > 4 * one["latency_s"]
+    assert many["throughput_per_s"] == pytest.approx(one["throughput_per_s"])
