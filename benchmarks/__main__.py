@@ -20,14 +20,6 @@ NAMES = (
     *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
     "planning",
 )
-    "startup",
-    "large_model",
-    "onnxruntime_artifacts",
-    "xla_cpu",
-    "openvino_cpu",
-    "quantize",
-    "planning",
-)
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"
 

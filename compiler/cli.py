@@ -295,11 +295,15 @@ def _add_explaining(verbs: Verbs) -> None:
     verb = _verb(
         verbs, "explain", "commands.explaining", "say which layer costs a recipe its accuracy"
     )
-    verb.add_argument("path", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+    verb.add_argument("path", metavar="MODEL", help="a model; with --prompt also an artifact")
     verb.add_argument(
-        "--recipe", action="append", required=True, metavar="NAME|FILE", help="may be given again"
+        "--recipe", action="append", default=[], metavar="NAME|FILE", help="may be given again"
     )
-    _data(verb)
+    _data(verb, required=False)
+    verb.add_argument("--prompt", metavar="TEXT", help="what a language model makes of it instead")
+    verb.add_argument("--prompt-ids", metavar="5,17", help="the same, as token ids")
+    verb.add_argument("--attention", action="store_true", help="maps by layer and head")
+    verb.add_argument("--gradients", action="store_true", help="what each token did to the next")
     _calibration(verb)
     _shape(verb)
     verb.add_argument("--target", default="cpu", metavar="NAME", help="whose speed counts")

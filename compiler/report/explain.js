@@ -79,7 +79,70 @@ function drawTables(blame) {
   sortable(byId("passes"), [["After the pass", r => r.name], ["Output SNR", r => decibels(r.output_noise), db], [data.metric, r => r.value, digits], ["Drop", r => r.drop, points]], blame.passes);
 }
 
+// --- a prompt ---
+
+const shown = text => text.replace(/\n/g, "\u21b5") || "\u2205";
+
+// The prompt's tokens, coloured by what they did: one colour for, the other against.
+function drawTokens() {
+  const found = data.gradients, kinds = [["integrated", "Integrated gradients"], ["gradient_x_input", "Gradient times input"]];
+  const kind = state.kind || "integrated", values = found ? found[kind] : data.tokens.map(() => 0);
+  const most = Math.max(...values.map(Math.abs), 1e-12);
+  const spans = data.tokens.map((text, index) => {
+    const span = html("span", { className: "token", textContent: shown(text), tabIndex: 0 });
+    const share = Math.round(70 * Math.abs(values[index]) / most);
+    span.style.background = `color-mix(in srgb, var(${values[index] >= 0 ? "--accent" : "--measured"}) ${share}%, transparent)`;
+    tip(span, () => `${data.tokens[index]}\n${found ? values[index].toFixed(4) : ""}`);
+    return span;
+  });
+  const buttons = found ? kinds.map(([key, label]) => {
+    const button = html("button", { type: "button", textContent: label });
+    button.dataset.kind = key;
+    button.setAttribute("aria-pressed", String(key === kind));
+    button.addEventListener("click", () => { state.kind = key; drawTokens(); });
+    return button;
+  }) : [];
+  const group = html("div", {}, ...buttons);
+  group.setAttribute("role", "group");
+  const next = html("p", { className: "quiet small", textContent: `Next: "${shown(data.predicted.text)}", probability ${digits(data.predicted.probability)}.` + (found ? ` Blue tokens raised its logit of ${digits(found.logit)}, red ones lowered it; integrated gradients miss ${(100 * found.missing).toFixed(1)}% of the difference.` : "") });
+  byId("tokens").replaceChildren(group, html("p", { className: "tokens" }, ...spans), next);
+}
+
+// All heads of a layer as small maps, row = the token that looks, column = what it looks at.
+function drawHeads() {
+  const layers = data.attention;
+  if (!layers.length) { byId("heads").replaceChildren(); return; }
+  const at = Math.min(state.layer || 0, layers.length - 1), count = data.tokens.length;
+  const select = html("select", { ariaLabel: "Layer" }, ...layers.map((one, index) => html("option", { value: index, textContent: one.layer, selected: index === at })));
+  select.addEventListener("change", () => { state.layer = Number(select.value); drawHeads(); });
+  const maps = layers[at].heads.map((head, number) => {
+    const canvas = html("canvas", { width: count, height: count, className: "map" });
+    const context = canvas.getContext("2d"), colour = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+    context.fillStyle = colour;
+    head.forEach((row, y) => row.forEach((value, x) => { context.globalAlpha = Math.min(1, value); context.fillRect(x, y, 1, 1); }));
+    const place = event => {
+      const box = canvas.getBoundingClientRect();
+      return [Math.floor((event.clientX - box.left) / box.width * count), Math.floor((event.clientY - box.top) / box.height * count)].map(v => Math.max(0, Math.min(count - 1, v)));
+    };
+    let text = `head ${number}`;
+    canvas.addEventListener("pointermove", event => { const [x, y] = place(event); text = `head ${number}\n"${shown(data.tokens[y])}" looks at "${shown(data.tokens[x])}": ${head[y][x].toFixed(3)}`; });
+    tip(canvas, () => text);
+    return html("figure", {}, canvas, html("figcaption", { className: "quiet small", textContent: `head ${number}` }));
+  });
+  byId("heads").replaceChildren(html("h2", { textContent: "Attention" }), select, html("div", { className: "maps" }, ...maps), html("p", { className: "quiet small", textContent: "Rows are the tokens that look, columns what they look at; darker is more. Every row sums to one." }));
+}
+
+function drawPrompt() {
+  document.title = `${data.model} · Trivium`;
+  byId("title").textContent = data.model;
+  byId("subtitle").textContent = `${data.tokens.length} tokens`;
+  for (const panel of document.querySelectorAll("main > section")) panel.hidden = panel.id !== "prompt";
+  drawTokens();
+  drawHeads();
+}
+
 function draw() {
+  if (data.kind === "prompt") { drawPrompt(); return; }
   const blame = data.recipes[state.recipe];
   drawHead(blame);
   drawPath(blame);
