@@ -11,7 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, dims, from_context, is_constant, is_op, option
+from trivium.compiler.passing import (
+    Pass,
+    decline,
+    dims,
+    from_context,
+    is_constant,
+    is_op,
+    option,
+    sketching,
+)
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
 from trivium.passes.quantization.blocks import Blocks, Form
@@ -26,6 +35,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _BITS = (2, 3, 4, 8)
 _BLOCKS = (16, 32, 64, 128, 256, 512)
+_USUAL_BLOCK = 128
 _UNSEEN = "its input is unknown or NaN on the calibration data: rounded without it"
 _CALIBRATED = ("gptq", "awq")
 
@@ -92,6 +102,9 @@ class QuantizeWeights(Pass):
 
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude, self._choices())
+        order = {node: index for index, node in enumerate(model.graph)}
+        if sketching():
+            return self._outlined(model, order)
         found = self._sized(list(self._weights(model.graph)))
         if not found:
             return False
@@ -101,7 +114,6 @@ class QuantizeWeights(Pass):
                 about=self.name,
                 remedy="give them with --calib, or use method = 'rtn' or 'hqq'",
             )
-        order = {node: index for index, node in enumerate(model.graph)}
         large = sum(4 * one.elements for one in found) > storing.KEPT
         store = _Store(model, order, large)
         match self.method:
@@ -113,6 +125,16 @@ class QuantizeWeights(Pass):
                 return self._by_gptq(model, found, store)
             case _:
                 return self._by_awq(model, found, store)
+
+    def _outlined(self, model: ir.Model, order: dict[ir.Node, int]) -> bool:
+        """Put the form of quantized weights where they would stand; nothing is read."""
+        found = list(self._weights(model.graph))
+        store = _Store(model, order, large=False)
+        for one in found:
+            form = replace(one.form, block_size=one.form.block_size or _USUAL_BLOCK)
+            reader = one.readers[0]
+            store.put(replace(one, form=form), storing.outlined(one.value, reader, form))
+        return bool(found)
 
     # --- what to quantize ------------------------------------------------------------------------
 
@@ -284,11 +306,11 @@ class _Store:
             unread = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
             long = tensor is not None and tensor.nbytes >= _STREAMED_BYTES
             if unread and long and quantize is blocks.nearest:
-                self._put(one, self._streamed(one))
+                self.put(one, self._streamed(one))
                 modified = True
             elif unread and self.large:
                 parts = deferred.parts(one.value, one.readers[0], one.form, quantize)
-                self._put(one, parts)
+                self.put(one, parts)
                 modified = True
             else:
                 modified |= self.one(one, quantize)
@@ -313,8 +335,8 @@ class _Store:
         if (problem := storing.nonfinite(matrix)) is not None:
             return decline(one.value, problem)
         made = quantize(matrix, one.form)
-        self._put(one, storing.spilled(self.model, made) if self.large else storing.eager(made))
+        self.put(one, storing.spilled(self.model, made) if self.large else storing.eager(made))
         return True
 
-    def _put(self, one: Weight, parts: list[ir.TensorProtocol]) -> None:
+    def put(self, one: Weight, parts: list[ir.TensorProtocol]) -> None:
         storing.replace(self.model.graph, one.value, one.readers, one.form, parts, self.order)
