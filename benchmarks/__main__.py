@@ -24,6 +24,9 @@ NAMES = (
     "openvino_cpu",
     "quantize",
     "generation",
+    "streaming_int4",
+    *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
+    "planning",
 )
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"

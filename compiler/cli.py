@@ -254,6 +254,7 @@ def _add_choosing(verbs: Verbs) -> None:
     )
     _shape(verb)
     _calibration(verb)
+    _spread(verb)
     verb.add_argument("--measure", action="store_true", help="also time what can run here")
     verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
     verb.add_argument("--csv", metavar="FILE")
@@ -262,26 +263,48 @@ def _add_choosing(verbs: Verbs) -> None:
     _model(verb)
     verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
     verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
+    verb.add_argument("--backend", action="append", default=[], metavar="NAME", help="default: all")
     _shape(verb)
+    _calibration(verb)
+    _spread(verb)
     verb.add_argument("--max-latency", metavar="5ms")
     verb.add_argument("--min-throughput", type=_positive, metavar="N", help="inferences a second")
     verb.add_argument("--max-memory", metavar="16GiB")
     verb.add_argument("--max-cost", type=_positive, metavar="USD", help="a million inferences")
     verb.add_argument("--max-power", type=_positive, metavar="W")
+    verb.add_argument("--max-drop", metavar="1%", help="of the metric on --data, by recipe")
     verb.add_argument(
         "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
     )
+    verb.add_argument("--measure", action="store_true", help="also time what can run here")
+    verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
+
+
+def _spread(parser: argparse.ArgumentParser) -> None:
+    """What else candidates may differ in, and what they are judged by."""
+    parser.add_argument(
+        "--batch", type=_count, action="append", default=[], metavar="N", help="may be given again"
+    )
+    parser.add_argument(
+        "--max-chips", type=_count, metavar="N", help="try every slice of up to N chips"
+    )
+    parser.add_argument("--prices", metavar="FILE.toml", help="your own prices of an hour")
+    _data(parser, required=False)
 
 
 def _add_explaining(verbs: Verbs) -> None:
     verb = _verb(
         verbs, "explain", "commands.explaining", "say which layer costs a recipe its accuracy"
     )
-    verb.add_argument("path", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+    verb.add_argument("path", metavar="MODEL", help="a model; with --prompt also an artifact")
     verb.add_argument(
-        "--recipe", action="append", required=True, metavar="NAME|FILE", help="may be given again"
+        "--recipe", action="append", default=[], metavar="NAME|FILE", help="may be given again"
     )
-    _data(verb)
+    _data(verb, required=False)
+    verb.add_argument("--prompt", metavar="TEXT", help="what a language model makes of it instead")
+    verb.add_argument("--prompt-ids", metavar="5,17", help="the same, as token ids")
+    verb.add_argument("--attention", action="store_true", help="maps by layer and head")
+    verb.add_argument("--gradients", action="store_true", help="what each token did to the next")
     _calibration(verb)
     _shape(verb)
     verb.add_argument("--target", default="cpu", metavar="NAME", help="whose speed counts")
@@ -408,9 +431,9 @@ def _shape(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
-        "--data", required=True, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
+        "--data", required=required, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
     )
     parser.add_argument(
         "--metric",
