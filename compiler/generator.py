@@ -107,6 +107,12 @@ class Generator:
         """What the caches of one token of one row take."""
         return sum(cache.bytes_per_token for cache in self.caches)
 
+    @property
+    def checks_guesses(self) -> bool:
+        """Whether one call gives the logits after several tokens, and so can check a guess."""
+        fixed = any(role.tokens is not None for role in self.programs)
+        return not fixed and (self.chosen is not None or self.kept == "all")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

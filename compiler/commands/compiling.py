@@ -12,6 +12,7 @@ from trivium.compiler import build, model, prepare
 from trivium.compiler import targets as target_names
 from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generator import Generator
 
 
 def compile(arguments: argparse.Namespace) -> int:
@@ -48,6 +49,7 @@ def compile(arguments: argparse.Namespace) -> int:
             "target": f"{summary['target']} by {summary['backend']}, recipe {summary['recipe']}",
             "predicted": _predicted(summary["estimate"]),
             "memory": _memory(summary["memory"]),
+            "generator": _generator(artifact.generator),
             "verification": _verified(summary["verification"]),
             "took": f"{summary['seconds']:.2f} s",
         }
@@ -98,6 +100,14 @@ def _predicted(estimate: dict[str, Any]) -> str | None:
     if estimate["lo"] is not None:
         text += f" ({console.si(estimate['lo'], 's')} to {console.si(estimate['hi'], 's')}, 80%)"
     return f"{text}, {estimate['bound']} bound"
+
+
+def _generator(generator: Generator | None) -> str | None:
+    if generator is None:
+        return None
+    each = console.size(generator.bytes_per_token)
+    programs = ", ".join(role.program for role in generator.programs)
+    return f"up to {generator.context} tokens, {each} of cache a token ({programs})"
 
 
 def _memory(memory: dict[str, Any]) -> str:

@@ -124,7 +124,7 @@ class Engine:
         self.counts = Counts()
         if capacity is not None:  # asked for; otherwise each text takes what it may need
             require_memory(generator, self.rows, self.capacity)
-        self._speculate = speculate
+        self._speculate = speculate and generator.checks_guesses
         self._prefixes = PrefixCache(decoder, prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []

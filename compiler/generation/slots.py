@@ -135,10 +135,7 @@ class SlotDecoder(ABC):
         A program with fixed sizes, or one that gives the last position only, has the logits of one
         token; so the last ``keep`` tokens go one by one.
         """
-        one_logit = bool(self.sizes) or (
-            self.generator.chosen is None and self.generator.kept == "last"
-        )
-        head = max(total - keep + 1, 1) if one_logit else total
+        head = total if self.generator.checks_guesses else max(total - keep + 1, 1)
         pieces, first = [], 0
         while first < head:
             # Padding goes to the right of the new tokens, and needs room in the buffers.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,8 @@ class Tokenizer:
             self._library: Any = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise BadInput(f"not a tokenizer ({error})", about=str(path)) from error
-        largest = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+        # Added tokens may lie beyond what a model knows (those of its siblings that see images).
+        largest = max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= generator.vocabulary:
             raise BadInput(
                 f"has the token {largest}, and the model a vocabulary of {generator.vocabulary}",
@@ -79,21 +82,34 @@ class Tokenizer:
             raise BadInput(
                 "the model has no chat template", about="chat", remedy="use completions instead"
             )
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         try:
-            template = environment.from_string(self._template)
-            return template.render(
+            template = _environment().from_string(self._template)
+            text: str = template.render(
                 messages=list(messages), add_generation_prompt=True, **self._special
             )
         except Exception as error:  # whatever an expression in a template may raise
             raise BadInput(f"the chat template fails: {error}", about="chat") from error
+        return text
+
+
+def _environment() -> Any:
+    """Jinja as chat templates expect it (as in transformers), in its sandbox."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
 
 
 def _special_tokens(path: Path) -> dict[str, str]:
