@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import tomli_w
 
-from benchmarks import fitting, formulas, measured
+from benchmarks import fitting, formulas, measured, whole
 from trivium.compiler.calibration import Calibration, spread_of
 
 FOLDER = Path(__file__).parents[1] / "targets" / "calibrations"
@@ -130,6 +130,37 @@ def run(name: str) -> dict[str, Calibration]:
     return found
 
 
+ENGINES = {
+    "engine_tensorrt": (
+        whole.tensorrt_bert,
+        "TensorRT's published BERT base and large on an A100, fp16 and int8 (007c347)",
+    ),
+    "engine_tensorrt_llm": (
+        whole.tensorrt_llm,
+        "TensorRT-LLM's published static batches and first tokens on A100, H100, L40S (0.5, 0.6)",
+    ),
+}
+"""What an engine adds to the kernels, over all GPUs; fitted after the kernels."""
+
+
+def run_engine(name: str) -> Calibration:
+    """Fit an engine; the spread is that of groups left out in turn."""
+    rows, what = ENGINES[name]
+    table = whole.table(rows(), whole.shipped)
+    coefficients = whole.fit(table)
+    kept = {key: coefficients[key] for key in whole.ENGINES[table.source].device}
+    today = datetime.date.today().isoformat()
+    basis = f"{len(table)} of {what}"
+    return Calibration(kept, whole.spread_between_groups(table), basis, today, len(table))
+
+
+def _write(files: Mapping[str, Mapping[str, object]]) -> None:
+    for file, tables in files.items():
+        path = FOLDER / f"{file}.toml"
+        before = tomllib.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(tomli_w.dumps(dict(sorted({**before, **tables}.items()))))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Fit, print, and write."""
     reason = measured.why_absent()
@@ -137,19 +168,22 @@ def main(arguments: Sequence[str]) -> int:
         print(f"skipped: {reason}")
         return 0
     files: dict[str, dict[str, object]] = {}
-    for name in arguments or JOBS:
+    for name in arguments or [*JOBS, *ENGINES]:
+        if name in ENGINES:
+            _write(files)
+            calibration = run_engine(name)
+            files.setdefault("gpu", {})[name] = calibration.to_toml()
+            print(f"{name:22} {'gpu':22} spread {calibration.spread:.3f}")
+            continue
         for file, calibration in run(name).items():
             if not (FOLDER.parent / "devices" / f"{file}.toml").is_file() and file != "gpu":
                 continue
             files.setdefault(file, {})[name] = calibration.to_toml()
-            print(f"{name:18} {file:22} spread {calibration.spread:.3f}")
+            print(f"{name:22} {file:22} spread {calibration.spread:.3f}")
     for file, priors in PRIORS.items():
         for name, calibration in priors.items():
             files.setdefault(file, {})[name] = calibration.to_toml()
-    for file, tables in files.items():
-        path = FOLDER / f"{file}.toml"
-        before = tomllib.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(tomli_w.dumps(dict(sorted({**before, **tables}.items()))))
+    _write(files)
     return 0
 
 

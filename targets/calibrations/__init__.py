@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from trivium.compiler.calibration import Calibration, Scope, from_toml
 from trivium.compiler.errors import BadInput
+from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
 from trivium.compiler.types import Target
 
 _SHIPPED = files("trivium.targets") / "calibrations"
@@ -90,3 +92,23 @@ def _read(path: Path, changed: int) -> Mapping[str, Any]:
 def _shipped(name: str) -> Mapping[str, Any]:
     file = _SHIPPED / f"{name}.toml"
     return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def of_family(family: str, table: str) -> Calibration:
+    """The calibration that ships for all devices of a family."""
+    return from_toml(_shipped(family)[table], f"calibration {family}, {table}", "family")
+
+
+def gpu_machine(target: Target, gap_s: float = 0.0, **paces: float) -> GpuMachine:
+    """The kernel formulas with the coefficients of a GPU."""
+    return GpuMachine({name: find(target, name) for name in TABLES}, gap_s, **paces)
+
+
+def combined(engine: Calibration, kernels: Mapping[str, Calibration]) -> tuple[float, str]:
+    """The spread and the basis of a whole call: the engine's, and on a device without data of its
+    own that of its family's kernels besides."""
+    product = kernels["product"]
+    if product.scope == "device":
+        return engine.spread, f"{engine.basis}; kernels: {product.basis}"
+    spread = math.hypot(engine.spread, product.spread)
+    return spread, f"{engine.basis}; kernels of {product.basis}"

@@ -18,7 +18,8 @@ from trivium.backends.tensorrt import cost as tensorrt_cost
 from trivium.backends.tvm import cost as tvm_cost
 from trivium.backends.xla import cost as xla_cost
 from trivium.compiler import prepare, targets
-from trivium.compiler.cost import Z80, Profile, does_not_fit, roofline, time_kernel
+from trivium.compiler.calibration import Z80
+from trivium.compiler.cost import Profile, does_not_fit, roofline, time_kernel
 from trivium.compiler.kernels import Kernel, kernels_of, peak_activation_bytes
 from trivium.compiler.types import Estimate, Target, Workload
 
