@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import Row
 
-NAMES = ("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "quantize")
+NAMES = ("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize")
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -64,7 +64,7 @@ def machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     packages = []
-    for name in ("onnxruntime", "onnx", "onnx-ir", "numpy", "jax"):
+    for name in ("onnxruntime", "openvino", "onnx", "onnx-ir", "numpy", "jax"):
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:

@@ -3,6 +3,7 @@
     python benchmarks/fit_profiles.py gemm DATA      bf16 GEMMs published for A100, H100 and L40S
     python benchmarks/fit_profiles.py tensorrt DATA  TensorRT's published BERT latencies
     python benchmarks/fit_profiles.py cpu DATA       ONNX Runtime on this machine, on real models
+    python benchmarks/fit_profiles.py openvino DATA  OpenVINO likewise
 
 DATA is the test data folder (see its README for sources and licences); only the figures printed
 here go into ``backends/*/cost.py``. `gemm` reads Parquet and needs pyarrow.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,9 +271,10 @@ CPU_MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
-def cpu_samples(data: Path) -> list[Sample]:
-    from trivium.backends.onnxruntime import cost
+def cpu_samples(data: Path, engine: str) -> list[Sample]:
+    import importlib
 
+    cost = importlib.import_module(f"trivium.backends.{engine}.cost")
     host = with_bandwidth(targets.find("cpu"))
     # One core: its own processor time is the same however busy the machine is.
     peaks = {dtype: rate / (host.units or 1) for dtype, rate in host.peak_ops.items()}
@@ -280,30 +282,50 @@ def cpu_samples(data: Path) -> list[Sample]:
     samples = []
     for name, shape in CPU_MODELS.items():
         model, _ = prepare.optimize(data / f"models/{name}.onnx", shape=shape)
-        seconds = _best_seconds(model)
+        seconds = _best_seconds(ENGINES[engine](model), model)
         kernels = kernels_of(model.graph, cost.PROFILE.fused)
         samples.append(Sample(target, kernels, seconds, name))
     return samples
 
 
-def _best_seconds(model: ir.Model, budget: float = 1.5) -> float:
-    """Processor seconds of the shortest of many runs on one thread."""
+def _onnxruntime(model: ir.Model) -> Callable[[Any], Any]:
     import onnxruntime as ort
-
-    from trivium.compiler import samples as feeds
-    from trivium.compiler.types import Workload
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     data = ir.serde.serialize_model(model).SerializeToString()
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(None, feed)
+
+
+def _openvino(model: ir.Model) -> Callable[[Any], Any]:
+    import io
+
+    import openvino
+
+    core = openvino.Core()
+    data = ir.serde.serialize_model(model).SerializeToString()
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(core.read_model(io.BytesIO(data)), "CPU", properties)
+    request = compiled.create_infer_request()
+    return lambda feed: request.infer(feed)
+
+
+ENGINES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+
+
+def _best_seconds(call: Callable[[Any], Any], model: ir.Model, budget: float = 1.5) -> float:
+    """Processor seconds of the shortest of many runs on one thread."""
+    from trivium.compiler import samples as feeds
+    from trivium.compiler.types import Workload
+
     feed = feeds.seeded(model, Workload())[0]
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < budget:
-        begin = time.thread_time()
-        session.run(None, feed)
-        best = min(best, time.thread_time() - begin)
+        begin = time.process_time()
+        call(feed)
+        best = min(best, time.process_time() - begin)
     return best
 
 
@@ -316,10 +338,10 @@ def main(arguments: Sequence[str]) -> None:
         report(gemm_samples(data), replace(start, call_s=0.0), fields)
     elif kind == "tensorrt":
         report(bert_samples(data), start, ("compute_efficiency", "cache_speedup", "call_s"))
-    elif kind == "cpu":
+    elif kind in ("cpu", "openvino"):
         fields = ("compute_efficiency", "slowdown.int8", "launch_s", "call_s", "cache_speedup")
         start = replace(start, memory_efficiency=0.9, slowdown={"int8": 2.0})
-        runs = cpu_samples(data)
+        runs = cpu_samples(data, "onnxruntime" if kind == "cpu" else kind)
         report(runs, start, fields)
         fitted = fit(runs, start, fields)
         for run in runs:

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler import files, plugins
 from trivium.compiler import manifest as manifests
 from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.generator import Generator
 from trivium.compiler.types import Program, TensorInfo
 
 if TYPE_CHECKING:
@@ -102,10 +103,33 @@ class Artifact:
             for one in self.manifest["programs"]
         )
 
+    @property
+    def generator(self) -> Generator | None:
+        """How to drive it token by token; None if it is no generator."""
+        table = self.manifest["generator"]
+        return Generator.from_json(table) if table is not None else None
+
     def load(self) -> Executable:
         """Load it onto its target, or the nearest stand-in here; see ``Backend.load``."""
+        return self._loaded("load")
+
+    def load_to_verify(self) -> Executable:
+        """The same, in the way in which the backend can show the most of the target.
+
+        A backend may have ``load_to_verify`` beside ``load`` where that costs more than a user
+        who only wants the outputs should pay, such as simulating several devices.
+        """
+        return self._loaded("load_to_verify")
+
+    def _loaded(self, how: str) -> Executable:
         try:
-            return self.backend.load(self)
+            if self.manifest["parts"]:
+                from trivium.compiler import parts
+
+                return parts.load(self, how)
+            load: Callable[[Artifact], Executable]
+            load = getattr(self.backend, how, self.backend.load)
+            return load(self)
         except (LookupError, TypeError, ValueError, FileNotFoundError) as error:
             # What a backend wrote of its own (``details``, side files) is for it alone to read.
             raise BadInput(
@@ -156,7 +180,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): file_hash(file)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file != folder / MANIFEST
     }
 
 

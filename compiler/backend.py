@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trivium.compiler.generator import Form, Generator
 from trivium.compiler.types import Built, Estimate, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class BuildRequest:
             engine; empty where no reference run was possible.
         options: Backend options from the command line (``--option key=value``).
         estimate: What the backend's own cost model predicts, if it could.
+        generator: How the model is driven, if it is a decoder with caches.
     """
 
     target: Target
@@ -46,6 +48,7 @@ class BuildRequest:
     expected: Sequence[Tensors] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     estimate: Estimate | None = None
+    generator: Generator | None = None
 
 
 class Executable(Protocol):
@@ -69,8 +72,18 @@ class Executable(Protocol):
         ...
 
 
+def cache_form(backend: Backend) -> Form | None:
+    """The caches that a backend wants of generators; None if it cannot drive them."""
+    form: Form | None = getattr(backend, "cache_form", None)
+    return form
+
+
 class Backend(Protocol):
-    """An engine that turns a normal-form model into an artifact for its targets."""
+    """An engine that turns a normal-form model into an artifact for its targets.
+
+    One that can drive generators says in an attribute ``cache_form`` which caches it wants; its
+    executables then are `trivium.compiler.generation.executable.GeneratorExecutable`.
+    """
 
     name: str
 

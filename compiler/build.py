@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trivium
-from trivium.compiler import cache, reference, samples, verify
+from trivium.compiler import cache, parts, reference, samples, verify
 from trivium.compiler import model as models
+from trivium.compiler import recipe as recipes
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
-from trivium.compiler.job import Job, resolve
+from trivium.compiler.generation import compiling as generating
+from trivium.compiler.job import Generating, Job, resolve
 from trivium.compiler.prepare import (
     Prepared,
     Progress,
@@ -26,10 +28,14 @@ from trivium.compiler.prepare import (
     silent,
 )
 from trivium.compiler.recipe import Applied, Recipe
-from trivium.compiler.types import Built, Estimate, Target
+from trivium.compiler.types import Built, Estimate, Target, Workload
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from trivium.compiler.backend import Tensors
+    from trivium.compiler.generator import Generator
+    from trivium.compiler.parts import Part
 
 
 def compile(
@@ -40,10 +46,13 @@ def compile(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    generator: bool | None = None,
+    context: int | None = None,
+    prefill: Sequence[int] = (),
     use_cache: bool = True,
     progress: Progress = silent,
 ) -> Artifact:
@@ -57,10 +66,14 @@ def compile(
         recipe: The passes to run between normal form and the backend.
         shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension, ``DIM=16,64`` for
             one that takes several sizes.
-        calibration: Representative inputs: an ``.npz`` file, or feeds.
+        calibration: Representative inputs: an ``.npz`` file, a folder of them, or feeds.
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backend.
+        generator: Whether to give a decoder caches, so that it generates token by token; by
+            default those of checkpoint folders whose sequence is not bound by ``shape``.
+        context: How many tokens a generator's sequences may have.
+        prefill: How many new tokens its prefill programs take, where an engine needs it fixed.
         use_cache: Whether an equal earlier compile may be reused.
         progress: Called with the name of each stage as it begins.
 
@@ -77,6 +90,7 @@ def compile(
         max_error=max_error,
         seed=seed,
         options=options,
+        generating=Generating(generator, context, tuple(sorted(set(prefill)))),
         progress=progress,
     )
     place = Path(out) if out is not None else Path(default_name(job.source, job.target))
@@ -107,33 +121,42 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     feeds, source, no_reference = job.run_reference()
 
     progress(f"recipe {job.recipe.name}")
-    applied = run_recipe(model, job.recipe, job.context(feeds))
+    # What has to see the caches of a generator runs after they are made, and changes no number.
+    before, after = recipes.split(job.recipe)
+    applied = run_recipe(model, before, job.context(feeds))
     tolerance = verify.tolerance_for(model)
+    inputs, outputs = models.signature(model)
+    signature = {
+        "inputs": [asdict(info) for info in inputs],
+        "outputs": [asdict(info) for info in outputs],
+    }
     optimized = source
     if job.recipe.preserves == "lossy" and source is not None:
         optimized = reference.run_model(model, feeds)
 
-    progress(f"legalizing for {job.backend.name}")
-    prepared = legalize(model, job.backend, job.target, job.workload)
-    if prepared.refusals:
-        raise refused(prepared, job.target)
-    estimate = predict(prepared, job.target)
-
-    progress(f"building with {job.backend.name}")
     expected = optimized.outputs if optimized is not None and not random else ()
-    request = BuildRequest(
-        job.target,
-        job.workload,
-        folder,
-        samples=feeds,
-        expected=expected,
-        options=job.options,
-        estimate=estimate,
-    )
-    with blaming(f"backend {job.backend.name}"):
-        built = job.backend.build(model, request)
+    samples = Samples(feeds, expected)
+    generator: Generator | None = None
+    inserted: list[Applied] = []
+    if parts.PARTS in model.metadata_props:
+        applied += recipes.run(after, model, job.context(feeds))
+        pieces = parts.split(model)
+        prepared, built, estimate = _build_parts(folder, job, pieces, samples, progress)
+    else:
+        generator, workload, inserted = generating.prepare(model, job)
+        applied += inserted + recipes.run(after, model, job.context(feeds))
+        prepared = _legalize([model], job, workload, progress)[0]
+        step = prepared if generator is None else generating.one_step(prepared, generator)
+        estimate = predict(step, job.target)
+        built = _build(folder, job, prepared, samples, estimate, progress, generator)
     (folder / "recipe.lock.toml").write_text(job.lock(), encoding="utf-8")
     manifest = _manifest(job, prepared, built, estimate, applied)
+    if generator is not None:
+        generating.carry_files(job.source, folder)
+        manifest["generator"] = (built.generator or generator).to_json()
+        if inserted:
+            # It runs on what the source runs on; its caches are its own affair.
+            manifest |= signature
 
     progress("verifying")
     if source is None or optimized is None:
@@ -141,6 +164,8 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     elif random:
         verification = verify.Verification("not-run", "the model draws random numbers")
     else:
+        if generator is not None and inserted:
+            source, optimized = generating.logits_of(generator, feeds, source, optimized)
         verification = _verify(folder, job, manifest, feeds, source, optimized, tolerance)
     if verification.status == "failed":
         raise AccuracyFailed(
@@ -151,6 +176,72 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     manifest["verification"] = verification.to_json()
     manifest["seconds"] = round(time.perf_counter() - started, 3)
     write_manifest(folder, manifest)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a program is built and verified on; nothing is expected where no reference ran."""
+
+    feeds: Sequence[Tensors]
+    expected: Sequence[Tensors]
+
+
+def _legalize(
+    pieces: Sequence[ir.Model], job: Job, workload: Workload, progress: Progress
+) -> list[Prepared]:
+    """Legalize models for the backend; all that it refuses in any of them is one error."""
+    progress(f"legalizing for {job.backend.name}")
+    prepared = [legalize(piece, job.backend, job.target, workload) for piece in pieces]
+    refusals = tuple(line for one in prepared for line in one.refusals)
+    if refusals:
+        raise refused(replace(prepared[0], refusals=refusals), job.target)
+    return prepared
+
+
+def _build(
+    folder: Path,
+    job: Job,
+    prepared: Prepared,
+    samples: Samples,
+    estimate: Estimate,
+    progress: Progress,
+    generator: Generator | None = None,
+) -> Built:
+    progress(f"building with {job.backend.name}")
+    request = BuildRequest(
+        job.target,
+        prepared.workload,
+        folder,
+        samples=samples.feeds,
+        expected=samples.expected,
+        options=job.options,
+        estimate=estimate,
+        generator=generator,
+    )
+    with blaming(f"backend {job.backend.name}"):
+        return job.backend.build(prepared.model, request)
+
+
+def _build_parts(
+    folder: Path, job: Job, pieces: Sequence[Part], samples: Samples, progress: Progress
+) -> tuple[Prepared, Built, Estimate]:
+    """Build each part in a folder of its own; the artifact's signature is that of the whole."""
+    whole = models.signature(job.model)
+    prepared = _legalize([piece.model for piece in pieces], job, job.workload, progress)
+    estimates = {
+        piece.name: predict(one, job.target) for piece, one in zip(pieces, prepared, strict=True)
+    }
+    built = {}
+    for piece, one in zip(pieces, prepared, strict=True):
+        own = folder / piece.name
+        own.mkdir()
+        ready = parts.samples_of(one, samples.feeds, samples.expected)
+        estimate = estimates[piece.name]
+        built[piece.name] = _build(own, job, one, Samples(*ready), estimate, progress)
+    applied = tuple(row for one in prepared for row in one.applied)
+    shown = replace(prepared[0], applied=applied, inputs=whole[0], outputs=whole[1])
+    tables = {piece.name: one for piece, one in zip(pieces, prepared, strict=True)}
+    return shown, parts.joined(built, tables), parts.total(estimates)
 
 
 def _manifest(
@@ -171,9 +262,9 @@ def _manifest(
         },
         "toolchain": job.backend.toolchain(),
         "workload": {
-            "dims": dict(job.workload.dims),
-            "shapes": dict(job.workload.shapes),
-            "buckets": dict(job.workload.buckets),
+            "dims": dict(prepared.workload.dims),
+            "shapes": dict(prepared.workload.shapes),
+            "buckets": dict(prepared.workload.buckets),
         },
         "inputs": [asdict(info) for info in prepared.inputs],
         "outputs": [asdict(info) for info in prepared.outputs],
@@ -182,6 +273,8 @@ def _manifest(
         "memory": dict(built.memory),
         "details": dict(built.details),
         "estimate": estimate_json(estimate),
+        "parts": list(built.parts),
+        "generator": None,
         "notes": [*models.notes_of(job.model), *built.notes],
     }
 
@@ -213,8 +306,9 @@ def _verify(
     write_manifest(folder, pending)
     try:
         with blaming(f"backend {job.backend.name}"):
-            executable = Artifact.open(folder, checked=False).load()
-            actual = [executable.run(feed) for feed in feeds]
+            artifact = Artifact.open(folder, checked=False)
+            executable = artifact.load_to_verify()
+            actual = verify.outputs_of(artifact, executable, feeds)
     except ToolchainMissing as error:
         return verify.Verification("not-run", str(error), compared=compared)
     return verify.judge(
@@ -279,7 +373,7 @@ def dry_run(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     seed: int = 0,
 ) -> DryRun:
     """Run the passes and the cost model, build nothing."""

@@ -106,7 +106,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trivium {trivium.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for add in (_add_compiling, _add_choosing, _add_using, _add_listing):
+    for add in (
+        _add_compiling,
+        _add_tuning,
+        _add_choosing,
+        _add_explaining,
+        _add_using,
+        _add_listing,
+    ):
         add(verbs)
     return parser
 
@@ -136,6 +143,10 @@ def _count(text: str) -> int:
     return number
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
 def _add_compiling(verbs: Verbs) -> None:
     where = "commands.compiling"
     verb = _verb(verbs, "compile", where, "compile a model for a target and verify the result")
@@ -150,6 +161,21 @@ def _add_compiling(verbs: Verbs) -> None:
     )
     verb.add_argument("--option", action="append", default=[], metavar="K=V", help="to the backend")
     verb.add_argument("--seed", type=int, default=0, help="of drawn inputs (default 0)")
+    verb.add_argument(
+        "--generator",
+        action=argparse.BooleanOptionalAction,
+        help="give a decoder a KV cache, so that it generates (default: checkpoint folders)",
+    )
+    verb.add_argument(
+        "--context", type=_count, metavar="N", help="tokens of a generator's sequences, at most"
+    )
+    verb.add_argument(
+        "--prefill",
+        type=_counts,
+        default=(),
+        metavar="N,M",
+        help="new tokens of a generator's prefill programs, where they are fixed",
+    )
     verb.add_argument("--no-cache", action="store_true", help="compile even if an equal one exists")
     verb.add_argument("--dry-run", action="store_true", help="passes and prediction, no build")
     verb.add_argument("-o", "--out", metavar="OUT", help="artifact folder (default MODEL.TARGET)")
@@ -162,6 +188,54 @@ def _add_compiling(verbs: Verbs) -> None:
     _calibration(verb)
     verb.add_argument("--target", metavar="NAME", help="what target-aware passes optimize for")
     verb.add_argument("--seed", type=int, default=0)
+
+
+def _add_tuning(verbs: Verbs) -> None:
+    verb = _verb(verbs, "tune", "commands.tuning", "train back what a recipe cost: ONNX in and out")
+    # A run that is given up goes on from its checkpoint, but a day is no sign of a hang.
+    verb.set_defaults(timeout=24 * DEADLINE)
+    _model(verb)
+    verb.add_argument("-o", "--out", required=True, metavar="OUT.onnx")
+    verb.add_argument(
+        "--recipe",
+        default="distill",
+        metavar="R[+distill]",
+        help="recipes, and distill or finetune, joined by + (default distill)",
+    )
+    verb.add_argument(
+        "--data", required=True, metavar="FILE", help=".npz of inputs and perhaps y; ids; or text"
+    )
+    verb.add_argument("--teacher", metavar="MODEL", help="default: the model itself")
+    verb.add_argument("--loss", metavar="NAME|FILE.py:FUNCTION", help="on the labels y")
+    verb.add_argument("--alpha", type=float, help="weight of that loss beside the teacher (0.3)")
+    verb.add_argument("--temperature", type=float, help="softens both sides' scores (2)")
+    verb.add_argument("--match", metavar="kl|mse|cosine", help="how outputs are compared")
+    for name in ("hidden", "attention"):
+        what = f"match this {'state' if name == 'hidden' else 'map'} too"
+        verb.add_argument(f"--{name}", action="append", default=[], metavar="N[=N]", help=what)
+        verb.add_argument(f"--{name}-weight", type=float, metavar="X", help="of it (1)")
+    verb.add_argument("--optimizer", metavar="NAME", help="of optax (adamw)")
+    verb.add_argument("--schedule", metavar="NAME", help="of the rate (cosine)")
+    verb.add_argument("--rate", type=float, help="peak learning rate (1e-4)")
+    verb.add_argument("--warmup", type=float, metavar="X", help="share of updates (0.05)")
+    verb.add_argument("--clip", type=float, metavar="X", help="norm of gradients (1)")
+    verb.add_argument("--steps", type=_count, help="updates, instead of --epochs")
+    verb.add_argument("--epochs", type=float, help="passes over the data (10)")
+    verb.add_argument("--batch", type=_count, help="samples of an update (32)")
+    verb.add_argument("--window", type=_count, help="tokens of a sample of text (256)")
+    verb.add_argument(
+        "--augment", action="append", default=[], metavar="NAME", help="flip, shift, mix, paste"
+    )
+    verb.add_argument("--freeze", action="append", default=[], metavar="PATTERN", help="of weights")
+    verb.add_argument("--freeze-scales", action="store_true", help="of quantized weights")
+    verb.add_argument("--gradual", type=float, metavar="X", help="reach the sparsity in X of it")
+    verb.add_argument("--validation", type=float, metavar="X", help="share held out (0.1)")
+    verb.add_argument("--evaluations", type=_count, help="looks at what is held out (20)")
+    verb.add_argument("--patience", type=int, help="of them without gain before stopping (5)")
+    verb.add_argument("--checkpoint", metavar="DIR", help="kept until done (default OUT.tuning)")
+    verb.add_argument("--target", metavar="NAME", help="what target-aware passes optimize for")
+    verb.add_argument("--seed", type=int)
+    _shape(verb)
 
 
 def _add_choosing(verbs: Verbs) -> None:
@@ -198,6 +272,33 @@ def _add_choosing(verbs: Verbs) -> None:
     )
 
 
+def _add_explaining(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "explain", "commands.explaining", "say which layer costs a recipe its accuracy"
+    )
+    verb.add_argument("path", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+    verb.add_argument(
+        "--recipe", action="append", required=True, metavar="NAME|FILE", help="may be given again"
+    )
+    _data(verb)
+    _calibration(verb)
+    _shape(verb)
+    verb.add_argument("--target", default="cpu", metavar="NAME", help="whose speed counts")
+    verb.add_argument("--backend", metavar="NAME", help="instead of the target's default")
+    verb.add_argument(
+        "--samples", type=_count, default=128, help="to judge single layers on (default 128)"
+    )
+    verb.add_argument("--window", type=_count, default=256, help="tokens, for perplexity")
+    verb.add_argument(
+        "--budget", metavar="max-drop=1%", help="find the best mix of the recipes that keeps it"
+    )
+    verb.add_argument("--objective", choices=("latency", "memory"), default="latency")
+    verb.add_argument("-o", "--out", metavar="RECIPE.toml", help="write the budget's recipe")
+    verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
+    verb.add_argument("--top", type=_count, default=20, help="layers to print (default 20)")
+    verb.add_argument("--seed", type=int, default=0)
+
+
 def _add_using(verbs: Verbs) -> None:
     where = "commands.using"
     verb = _verb(verbs, "run", where, "run an artifact once")
@@ -212,12 +313,8 @@ def _add_using(verbs: Verbs) -> None:
 
     verb = _verb(verbs, "eval", where, "measure quality on data")
     verb.add_argument("path", metavar="MODEL|ARTIFACT")
-    verb.add_argument(
-        "--data", required=True, metavar="FILE", help=".npz with x and y, or .npy ids"
-    )
-    verb.add_argument(
-        "--metric", choices=("accuracy", "perplexity", "cosine", "mse"), default="accuracy"
-    )
+    _data(verb)
+    verb.add_argument("--against", metavar="MODEL", help="take this model's outputs for y")
     verb.add_argument("--window", type=_count, default=256, help="tokens, for perplexity")
 
     verb = _verb(verbs, "inspect", where, "say what a model or an artifact is")
@@ -265,8 +362,22 @@ def _shape(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
+    )
+    parser.add_argument(
+        "--metric",
+        default="accuracy",
+        metavar="NAME",
+        help="accuracy (default), perplexity, cosine, mse, or map:NAME, a function of yours",
+    )
+
+
 def _calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calib", metavar="FILE.npz", help="representative inputs")
+    parser.add_argument(
+        "--calib", metavar="DATA", help="representative inputs: an .npz, or a folder of them"
+    )
 
 
 if __name__ == "__main__":

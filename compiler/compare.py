@@ -186,9 +186,10 @@ def _feeds(
     seed: int,
 ) -> Sequence[Tensors]:
     from trivium.compiler import samples
+    from trivium.compiler.feeds import read as read_feeds
 
     if isinstance(calibration, (str, os.PathLike)):
-        return samples.read_npz(calibration, models.signature(model)[0])
+        return read_feeds(calibration, models.signature(model)[0])
     if calibration is not None:
         return calibration
     return samples.seeded(model, workload, count=SAMPLES, seed=seed)

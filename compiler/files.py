@@ -146,6 +146,12 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.replace(file, path.with_name(file.name))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; errors as `replacing`."""
+    with replacing(path) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")
+
+
 _WORKSPACE = ".trivium-"
 _ABANDONED_S = 60.0
 """Seconds that a workspace has to be left alone for before its lock is even tried."""

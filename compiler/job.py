@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from trivium.compiler import model as models
 from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
 from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.feeds import read as read_feeds
 from trivium.compiler.prepare import Progress, choose_backend, silent
 from trivium.compiler.recipe import Context, Recipe
 from trivium.compiler.types import Target, Workload
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.backend import Backend, Tensors
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What is asked of a compile of a decoder.
+
+    Attributes:
+        wanted: Whether to make a generator of it; None: of a checkpoint folder that holds a
+            decoder, and of a graph that has caches.
+        context: How many tokens a sequence may have; None: as many as the model has positions.
+        prefill: How many new tokens the prefill programs take, for engines that need it fixed.
+    """
+
+    wanted: bool | None = None
+    context: int | None = None
+    prefill: tuple[int, ...] = ()
+
 
 SAMPLES = 2
 """How many feeds a compile is verified on."""
@@ -50,6 +68,7 @@ class Job:
     max_error: float | None
     seed: int
     options: Mapping[str, str]
+    generating: Generating
     sha256: str
     key: str
 
@@ -112,10 +131,11 @@ def resolve(
     backend: str | None = None,
     recipe: str | Recipe = "none",
     shape: Sequence[str] = (),
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     max_error: float | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    generating: Generating = Generating(),
     progress: Progress = silent,
 ) -> Job:
     """Find, load and check everything that a compile is asked for; see `build.compile`."""
@@ -131,8 +151,7 @@ def resolve(
     workload = shapes.parse(shape, models.signature(model)[0])
     # Bound first: a calibration file is cut into feeds of the batch that will be compiled.
     shapes.bind(model, workload)
-    if isinstance(calibration, (str, os.PathLike)):
-        calibration = samples.read_npz(calibration, models.signature(model)[0])
+    data = read_feeds(calibration, models.signature(model)[0]) if calibration is not None else None
     facts = {
         "trivium": cache.fingerprint(),
         "model": sha256,
@@ -141,9 +160,10 @@ def resolve(
         "toolchain": chosen.toolchain(),
         "recipe": recipes.lock(steps, seed=seed, model_sha256="", calibration=None),
         "shape": sorted(shape),
-        "calibration": samples.digest(calibration) if calibration is not None else None,
+        "calibration": samples.digest(data) if data is not None else None,
         "max_error": max_error,
         "options": dict(sorted((options or {}).items())),
+        "generating": repr(generating),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Job(
@@ -153,10 +173,11 @@ def resolve(
         backend=chosen,
         recipe=steps,
         workload=workload,
-        calibration=calibration,
+        calibration=data,
         max_error=max_error,
         seed=seed,
         options=dict(options or {}),
+        generating=generating,
         sha256=sha256,
         key=key,
     )

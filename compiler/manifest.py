@@ -26,6 +26,12 @@ def problem(manifest: Any) -> Problem:
             return f"its {key!r} is {_shown(manifest[key])}"
     named = [program["file"] for program in manifest["programs"]]
     named += [manifest["weights"]] if manifest["weights"] is not None else []
+    for part in manifest["parts"]:
+        own = [program["file"] for program in part["programs"]]
+        own += [part["weights"]] if part["weights"] is not None else []
+        named += [f"{part['name']}/{file}" for file in own]
+    if (generator := manifest["generator"]) is not None:
+        named += [generator[key] for key in ("tokenizer", "chat_template") if generator[key]]
     outside = [name for name in named if name not in manifest["files"]]
     return f"{outside[0]!r} is none of its files" if outside else None
 
@@ -95,7 +101,59 @@ def _files(value: Any) -> bool:
     )
 
 
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _generator(value: Any) -> bool:
+    """What `Generator.from_json` takes: these keys, and no others."""
+    from dataclasses import fields
+
+    from trivium.compiler.generator import Generator
+
+    return _GENERATOR(value) and set(value) <= {f.name for f in fields(Generator)}
+
+
+_GENERATOR = _holding(
+    form=lambda value: value in ("growing", "static", "shared"),
+    kept=lambda value: value in ("all", "last"),
+    vocabulary=_count,
+    context=_count,
+    caches=_list_of(
+        _holding(
+            past=_some_text,
+            present=_some_text,
+            dtype=_dtype,
+            shape=_list_of(_dim, least=4),
+            batch_axis=_count,
+            length_axis=_count,
+        ),
+        least=1,
+    ),
+    programs=_list_of(_holding(program=_some_text, tokens=_either(_count)), least=1),
+    eos=_list_of(_count),
+    bos=_either(_count),
+    rows=_either(_count),
+    **dict.fromkeys(("tokens", "logits"), _some_text),
+    **dict.fromkeys(
+        ("mask", "positions", "start", "chosen", "tokenizer", "chat_template"), _either(_some_text)
+    ),
+)
+
 _TENSORS = _list_of(_holding(name=_text, dtype=_dtype, shape=_list_of(_dim)))
+
+_PROGRAMS = _list_of(
+    _holding(name=_text, file=_some_text, inputs=_TENSORS, outputs=_TENSORS), least=1
+)
+
+_PART = _holding(
+    name=lambda value: isinstance(value, str) and value.isidentifier(),
+    programs=_PROGRAMS,
+    weights=_either(_some_text),
+    details=_table,
+    inputs=_TENSORS,
+    outputs=_TENSORS,
+)
 
 _KEYS: Mapping[str, Check] = {
     "model": _holding(name=_text, sha256=_text),
@@ -105,13 +163,13 @@ _KEYS: Mapping[str, Check] = {
     "toolchain": _table_of(_text),
     "inputs": _TENSORS,
     "outputs": _TENSORS,
-    "programs": _list_of(
-        _holding(name=_text, file=_some_text, inputs=_TENSORS, outputs=_TENSORS), least=1
-    ),
+    "programs": _PROGRAMS,
     "weights": _either(_some_text),
     "memory": _table,
     "details": _table,
     "estimate": _either(_table),
+    "parts": _list_of(_PART),
+    "generator": _either(_generator),
     "notes": _list_of(_text),
     "verification": _holding(status=_text, compared=_either(_table)),
     "files": _files,

@@ -63,10 +63,12 @@ class Pass(ir.passes.InPlacePass):
 
     Subclasses are frozen dataclasses; fields made by `option` are its options. ``call`` returns
     whether it modified the model, and running a pass twice does no more than running it once.
+    One that ``sees_caches`` runs after a decoder was given its caches, the others before.
     """
 
     name: ClassVar[str]
     preserves: ClassVar[Preserves]
+    sees_caches: ClassVar[bool] = False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         return ir.passes.PassResult(model, self.run(model))

@@ -21,6 +21,7 @@ GROUPS = (
     "trivium.targets",
     "trivium.recipes",
     "trivium.models",
+    "trivium.metrics",
 )
 TABLE = "table"
 """The entry-point name that announces a table instead of one object."""

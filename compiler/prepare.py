@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trivium.compiler import model as models
 from trivium.compiler import plugins, recipe, shapes
 from trivium.compiler.errors import BackendFailed, BadInput, Unsupported, blaming
+from trivium.compiler.feeds import read as read_feeds
 from trivium.compiler.recipe import Applied, Context, Recipe
 from trivium.compiler.types import Estimate, Target, TensorInfo, Workload
 
@@ -67,7 +68,7 @@ def optimize(
     recipe_name: str | Recipe = "none",
     *,
     shape: Sequence[str] = (),
-    calibration: Iterable[Tensors] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     target: Target | None = None,
     backend: str | None = None,
     seed: int = 0,
@@ -78,7 +79,7 @@ def optimize(
         source: A path, or a loaded model (which is changed in place).
         recipe_name: A recipe, its name, or a TOML file.
         shape: ``NAME=1x128`` and ``DIM=128`` as on the command line.
-        calibration: Feeds for passes that calibrate; may be iterated more than once.
+        calibration: Feeds for passes that calibrate, an ``.npz`` or a folder of them.
         target, backend: Tell passes that ask what they optimize for; the backend is by default
             that of the target.
 
@@ -88,7 +89,9 @@ def optimize(
     model = models.load(source) if isinstance(source, (str, os.PathLike)) else source
     workload = shapes.parse(shape, models.signature(model)[0])
     backend = target.backend if backend is None and target is not None else backend
-    context = Context(target, calibration, workload, seed, backend)
+    shapes.bind(model, workload)
+    data = read_feeds(calibration, models.signature(model)[0]) if calibration is not None else None
+    context = Context(target, data, workload, seed, backend)
     return model, run_recipe(model, _read(recipe_name), context)
 
 

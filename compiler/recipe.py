@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,19 @@ class Recipe:
         return max(promises, key=_ORDER.index, default="exact")
 
 
+def split(chosen: Recipe) -> tuple[Recipe, Recipe]:
+    """Cut a recipe in two: what may run before a decoder is given caches, and the rest, from the
+    first pass on that has to see them."""
+    classes = [plugins.get("trivium.passes", step.name) for step in chosen.steps]
+    seeing = (i for i, cls in enumerate(classes) if getattr(cls, "sees_caches", False))
+    cut = next(seeing, len(classes))
+    steps = chosen.steps[:cut], chosen.steps[cut:]
+    return (
+        dataclasses.replace(chosen, steps=steps[0]),
+        dataclasses.replace(chosen, steps=steps[1]),
+    )
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may ask for besides the model (fields made with ``from_context``).
@@ -70,6 +83,8 @@ class Context:
         calibration: Feeds of representative inputs; may be iterated more than once.
         workload: Shapes that the user bound.
         seed: Of whatever a pass draws at random.
+        gradients: From a model to the gradients of a loss by its weights' names, batch by batch;
+            only where something can differentiate, as `trivium.tune` can.
     """
 
     target: Target | None = None
@@ -77,6 +92,7 @@ class Context:
     workload: Workload = field(default_factory=Workload)
     seed: int = 0
     backend: str | None = None
+    gradients: Callable[[ir.Model], Iterator[Mapping[str, Any]]] | None = None
 
 
 def asks_for(chosen: Recipe, name: str) -> bool:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from trivium.compiler.generator import Generator
 
 Family = Literal["cpu", "gpu", "tpu", "fpga"]
 Bound = Literal["compute", "memory", "launch", "link", "none"]
@@ -31,6 +34,10 @@ class Target:
         base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
             ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
+        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
+            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
+            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
+            collective, and the ``efficiency`` that was measured.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.
@@ -49,6 +56,7 @@ class Target:
     on_chip_parts: int = 1
     launch_s: float | None = None
     link_bytes_per_s: float | None = None
+    interconnect: Mapping[str, float] = field(default_factory=dict)
     watts: float | None = None
     idle_watts: float | None = None
     usd_per_hour: float | None = None
@@ -194,6 +202,8 @@ class Built:
         memory: ``weights_bytes``, ``peak_bytes``, ``per_device_bytes`` as far as known.
         details: Whatever else belongs into the manifest, JSON-serializable.
         notes: What could not be done here, and why.
+        generator: How to drive it, where that is not as it was asked for.
+        parts: What each part holds, of a model that has several (`trivium.compiler.parts`).
     """
 
     programs: tuple[Program, ...]
@@ -201,6 +211,8 @@ class Built:
     memory: Mapping[str, float | None] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    generator: Generator | None = None
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

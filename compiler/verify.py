@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.artifact import Artifact
+    from trivium.compiler.backend import Executable
 
 Status = Literal["passed", "failed", "not-run"]
 
@@ -207,7 +208,9 @@ def judge(
     """
     accuracy, fidelity = compare(source, actual), compare(optimized, actual)
     reason = ""
-    if not fidelity.within(tolerance):
+    if not fidelity.within(tolerance) and not (
+        lossy and tolerance.measure == "rms" and _as_good(accuracy, fidelity, source, optimized)
+    ):
         reason = f"the engine does not compute what the graph says: {_excess(fidelity, tolerance)}"
     elif not lossy and not accuracy.within(tolerance):
         reason = f"{_excess(accuracy, tolerance)} against the source"
@@ -221,6 +224,27 @@ def judge(
         "max_error": max_error,
     }
     return Verification(status, reason, accuracy, fidelity, details)
+
+
+def _as_good(
+    accuracy: Comparison,
+    fidelity: Comparison,
+    source: Sequence[Mapping[str, Any]],
+    optimized: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether an engine differs from a coarse graph by no more than the graph does from its source,
+    and lands as near to the source as the graph.
+
+    Rounding steps taken in another order add up over the layers of a transformer until two engines
+    are as far apart as the grid is coarse. Neither is wrong then: a wrong one is further away.
+    """
+    coarse = compare(source, optimized)
+    within = fidelity.rms_rel_error <= coarse.rms_rel_error
+    return (
+        not fidelity.problem
+        and within
+        and accuracy.within(Tolerance(1.1 * coarse.rms_rel_error, "rms"))
+    )
 
 
 def _excess(comparison: Comparison, tolerance: Tolerance) -> str:
@@ -266,6 +290,19 @@ def read_samples(path: Any) -> list[dict[str, Any]]:
     return [samples[index] for index in sorted(samples)]
 
 
+def outputs_of(
+    artifact: Artifact, executable: Executable, feeds: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Run an artifact on samples; a generator as it generates: by prefill, then token by token."""
+    from trivium.compiler.generation import compiling as generating
+
+    generator = artifact.generator
+    if generator is None or not generating.is_driven(generator, artifact.inputs):
+        return [executable.run(feed) for feed in feeds]
+    decoder = executable.generator()  # type: ignore[attr-defined]  # those of generators have it
+    return [generating.driven_logits(decoder, generating.rows_of(generator, f)) for f in feeds]
+
+
 def verify(artifact: Artifact, *, max_error: float | None = None) -> Verification:
     """Run an artifact again on the samples that it carries and judge it as its compile did.
 
@@ -279,8 +316,8 @@ def verify(artifact: Artifact, *, max_error: float | None = None) -> Verificatio
     source = read_samples(artifact.path / SOURCE)
     path = artifact.path / OPTIMIZED
     optimized = read_samples(path) if path.is_file() else source
-    executable = artifact.load()
-    actual = [executable.run(feed) for feed in feeds]
+    executable = artifact.load_to_verify()
+    actual = outputs_of(artifact, executable, feeds)
     compared = {**(manifest["compared"] or {}), "where": executable.where}
     gate = max_error if max_error is not None else compared.get("max_error")
     return judge(

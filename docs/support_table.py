@@ -32,6 +32,7 @@ class Column:
 
 COLUMNS = (
     Column("ONNX Runtime, CPU", "cpu", "onnxruntime"),
+    Column("OpenVINO, CPU", "cpu", "openvino"),
     Column("XLA, CPU", "cpu", "xla"),
     Column("TVM, CPU", "cpu", "tvm"),
     Column("XLA, TPU v5e", "tpu-v5e:1x1", "xla"),

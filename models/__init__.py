@@ -13,9 +13,11 @@ BUILDERS: dict[str, str] = {
     "gemma3_text": "trivium.models.gemma:build_gemma3",
     "gpt2": "trivium.models.gpt2:build",
     "llama": "trivium.models.llama:build_llama",
+    "llava": "trivium.models.llava:build",
     "mistral": "trivium.models.llama:build_mistral",
     "mixtral": "trivium.models.mixtral:build",
     "phi3": "trivium.models.phi3:build",
     "qwen2": "trivium.models.llama:build_qwen2",
     "qwen3": "trivium.models.llama:build_qwen3",
+    "t5": "trivium.models.t5:build",
 }

@@ -171,6 +171,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {}),
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
     "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "quick_gelu": ("Swish", {"alpha": 1.702}),
     "relu": ("Relu", {}),
     "sigmoid": ("Sigmoid", {}),
     "silu": ("Swish", {}),

@@ -89,6 +89,7 @@ class Decoder:
         query_key_norm: Whether queries and keys are normalized head by head (Qwen 3, Gemma 3).
         tied: Whether the output projection is the embedding table.
         softcap, logits_softcap: Bounds c of c * tanh(x / c) on scores and logits.
+        image_token: The id whose embeddings are the rows of ``images``, one after the other.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Decoder:
     logits_softcap: float | None = None
     embedding_scale: float | None = None
     experts: Experts | None = None
+    image_token: int | None = None
 
 
 def build(spec: Decoder, checkpoint: Checkpoint) -> ir.Model:
@@ -122,19 +124,32 @@ def build(spec: Decoder, checkpoint: Checkpoint) -> ir.Model:
     Raises:
         BadInput: The checkpoint lacks a tensor, or its shape is not what the options imply.
     """
+    return build_onto(Builder(spec.name, checkpoint), spec)
+
+
+def build_onto(builder: Builder, spec: Decoder, images: ir.Value | None = None) -> ir.Model:
+    """Build a decoder into a graph that has something before it.
+
+    Args:
+        images: float [images, patches, hidden_size], for ``spec.image_token``; the embeddings
+            with these in their places are then an output too, ``inputs_embeds``.
+
+    Raises:
+        BadInput: The checkpoint lacks a tensor, or its shape is not what the options imply.
+    """
     if spec.heads % spec.kv_heads:
         raise BadInput(
             f"{spec.heads} attention heads cannot share {spec.kv_heads} key/value heads",
-            about=checkpoint.config.about,
+            about=builder.checkpoint.config.about,
         )
-    return _Build(spec, Builder(spec.name, checkpoint)).model()
+    return _Build(spec, builder, images).model()
 
 
 class _Build:
     """One build: the specification, the graph so far, and what its layers share."""
 
-    def __init__(self, spec: Decoder, builder: Builder) -> None:
-        self.spec, self.names, self.b = spec, spec.names, builder
+    def __init__(self, spec: Decoder, builder: Builder, images: ir.Value | None) -> None:
+        self.spec, self.names, self.b, self.images = spec, spec.names, builder, images
         self.ids = builder.input("input_ids", ir.DataType.INT64, ("batch", "seq"))
         self.mask = builder.input("attention_mask", ir.DataType.INT64, ("batch", "seq"))
         self.positions = self._positions()
@@ -182,7 +197,27 @@ class _Build:
                 name = f"{self.names.positions}.weight"
                 places = b.weight(name, spec.max_positions, spec.hidden_size)
                 x = b.op("Add", x, b.op("Gather", places, self.positions))
+            if self.images is not None:
+                x = self._with_images(x, self.images)
+                b.output("inputs_embeds", x, ("batch", "seq", spec.hidden_size))
             return x
+
+    def _with_images(self, x: ir.Value, images: ir.Value) -> ir.Value:
+        """Put the rows of the images, in order, where the ids are the image token."""
+        b, spec = self.b, self.spec
+        size = spec.hidden_size
+        rows = b.op("Reshape", images, b.constant([-1, size]))
+        b.typed(rows, ir.DataType.FLOAT, ("rows", size))
+        # A row for those before the first image token, so that there is one without any image.
+        none = b.constant(np.zeros((1, size)), np.float32)
+        rows = b.typed(b.op("Concat", none, rows, axis=0), ir.DataType.FLOAT, ("1+rows", size))
+        here = b.op("Equal", self.ids, b.constant(spec.image_token))
+        flat = b.op("Reshape", b.op("Cast", here, to=ir.DataType.INT64), b.constant([-1]))
+        count = b.op("CumSum", b.typed(flat, ir.DataType.INT64, ("tokens",)), b.constant(0))
+        row = b.op("Reshape", count, b.op("Shape", self.ids))
+        b.typed(row, ir.DataType.INT64, ("batch", "seq"))
+        seen = b.op("Gather", rows, b.op("Where", here, row, b.constant(0)))
+        return b.op("Where", b.op("Unsqueeze", here, b.constant([2])), seen, x)
 
     def _table(self) -> ir.Value:
         spec = self.spec

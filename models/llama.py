@@ -23,7 +23,11 @@ from trivium.models.decoder import Decoder, Layer
 def build_llama(folder: Path) -> ir.Model:
     """Build a Llama checkpoint; errors as for every builder (see `decoder.build`)."""
     checkpoint = Checkpoint(folder)
-    config = checkpoint.config
+    return decoder.build(read_llama(checkpoint.config), checkpoint)
+
+
+def read_llama(config: Config) -> Decoder:
+    """Read all of a Llama's config.json."""
     spec = dataclasses.replace(
         common(config, "llama"),
         query_key_value_bias=config.get("attention_bias", False),
@@ -31,7 +35,7 @@ def build_llama(folder: Path) -> ir.Model:
         mlp_bias=config.get("mlp_bias", False),
     )
     config.finish()
-    return decoder.build(spec, checkpoint)
+    return spec
 
 
 def build_mistral(folder: Path) -> ir.Model:

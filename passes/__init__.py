@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "convert-float": "trivium.passes.convert_float:ConvertFloat",
     "prune-magnitude": "trivium.passes.prune_magnitude:PruneMagnitude",
     "prune-n-m": "trivium.passes.prune_n_m:PruneNM",
+    "prune-structured": "trivium.passes.prune_structured:PruneStructured",
     "quantize-static": "trivium.passes.quantize_static:QuantizeStatic",
     "split-projections": "trivium.passes.split_projections:SplitProjections",
     "trace-dims": "trivium.passes.trace_dims:TraceDims",

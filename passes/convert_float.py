@@ -211,7 +211,7 @@ class _Converter:
             inside = set(values.get(value, ()))
             uses = [(node, index) for node, index in value.uses()]
             outside = [use for use in uses if use not in inside]
-            value.dtype = self.half
+            value.type = ir.TensorType(self.half)
             if outside or (value.is_graph_output() and self.keep_io):
                 self._cast(value, outside, FLOAT)
         for node in self.halved:
@@ -233,7 +233,7 @@ class _Converter:
         """Make an input of the model half itself, if that is wanted and nothing else reads it."""
         if self.keep_io or not value.is_graph_input() or len(value.uses()) != len(uses):
             return False
-        value.dtype = self.half
+        value.type = ir.TensorType(self.half)
         return True
 
     def _cast(self, value: ir.Value, uses: list[tuple[ir.Node, int]], to: ir.DataType) -> None:

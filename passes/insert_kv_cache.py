@@ -18,7 +18,10 @@ from trivium.passes.positionwise import ELEMENTWISE
 from trivium.passes.sequence import Kind, NotUnderstood, Sequence, rank
 
 GROWING, STATIC = "growing", "static"
-LAST, ALL = "last", "all"
+LAST, ALL, CHOSEN = "last", "all", "chosen"
+
+POSITIONS = "logits_positions"
+"""The input that says which of the new positions are wanted."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class InsertKVCache(Pass):
       from ``cache_position`` (int64 [1]) on. The mask has ``capacity`` columns, zero from the
       last new token on.
 
+    Outputs that have an entry for each token keep those of the last one, of all, or of the
+    positions among the new ones that ``logits_positions`` (int64 [chosen]) names; the vocabulary
+    projection is computed for those alone.
+
     Left alone: a graph with a node that mixes positions in a way that is not understood, or that
     has a cache; attention that is not causal.
     """
@@ -46,7 +53,9 @@ class InsertKVCache(Pass):
         GROWING, "Caches that grow by concatenation, or static buffers", choices=(GROWING, STATIC)
     )
     outputs: str = option(
-        LAST, "Positions of the outputs: the last one, or all new ones", choices=(LAST, ALL)
+        LAST,
+        "Positions of the outputs: the last one, all new ones, or those that an input chooses",
+        choices=(LAST, ALL, CHOSEN),
     )
 
     def run(self, model: ir.Model) -> bool:
@@ -59,9 +68,10 @@ class InsertKVCache(Pass):
         results = list(model.graph.outputs)
         rewrite = _Rewrite(model.graph, sequence, static=self.form == STATIC)
         rewrite.run()
-        if self.outputs == LAST:
+        if self.outputs != ALL:
+            rewrite.choose(self.outputs)
             for value in results:
-                rewrite.keep_last(value)
+                rewrite.keep_chosen(value)
         common.RemoveUnusedNodesPass()(model)
         model.graph.sort()
         InferShapes()(model)
@@ -81,6 +91,7 @@ class _Rewrite:
         self.past = "capacity" if static else "past"
         self.whole = "capacity" if static else "total"
         self.tokens = next(v for v in graph.inputs if sequence.kind(v) is Kind.TOKEN)
+        self.count: int | str = 1
         self._totals: dict[ir.Value, ir.Value] = {}
         self._rows: dict[tuple[ir.Value, int], ir.Value] = {}
         self._lengths_of_new: dict[ir.Value, ir.Value] = {}
@@ -287,8 +298,16 @@ class _Rewrite:
 
     # Outputs.
 
-    def keep_last(self, output: ir.Value) -> None:
-        """Compute a graph output for the last position only, from as early as possible on."""
+    def choose(self, which: str) -> None:
+        """Decide which positions the outputs keep; the last one, or those an input names."""
+        if which == LAST:
+            self.chosen, self.count = self._constant([-1]), 1
+        else:
+            self.chosen = self._input(POSITIONS, ir.DataType.INT64, ["chosen"])
+            self.count = "chosen"
+
+    def keep_chosen(self, output: ir.Value) -> None:
+        """Compute a graph output for the chosen positions only, from as early as possible on."""
         sequence = self.sequence
         if sequence.kind(output) is not Kind.TOKEN or not sequence.axes(output):
             return
@@ -299,8 +318,8 @@ class _Rewrite:
             chain.append(before)
         source = chain[-1]
         axis = sequence.axes(source)[0]
-        last = self._op("Gather", [source, self._constant([-1])], "last", axis=axis)
-        last.type, last.shape = source.type, _cut(sequence, source)
+        last = self._op("Gather", [source, self.chosen], "last", axis=axis)
+        last.type, last.shape = source.type, self._cut(source)
         if source is output:
             last.name, source.name = source.name, self._unique(f"{source.name}.all")
             self.graph.outputs[self.graph.outputs.index(source)] = last
@@ -309,7 +328,12 @@ class _Rewrite:
         assert reader is not None
         reader.replace_input_with(list(reader.inputs).index(source), last)
         for value in chain[:-1]:
-            value.shape = _cut(sequence, value)
+            value.shape = self._cut(value)
+
+    def _cut(self, value: ir.Value) -> ir.Shape:
+        axes = self.sequence.axes(value)
+        dims = enumerate(value.shape or ())
+        return ir.Shape([self.count if axis in axes else dim for axis, dim in dims])
 
     # Graph edits.
 
@@ -377,11 +401,6 @@ def _heads(node: ir.Node, place: int) -> tuple[Any, Any, Any]:
         return dims[0], dims[1], dims[3]
     heads = attribute(node, "q_num_heads" if place == 0 else "kv_num_heads")
     return dims[0], heads, dims[2] // heads if isinstance(dims[2], int) else None
-
-
-def _cut(sequence: Sequence, value: ir.Value) -> ir.Shape:
-    axes = sequence.axes(value)
-    return ir.Shape([1 if axis in axes else dim for axis, dim in enumerate(value.shape or ())])
 
 
 def _only_token(sequence: Sequence, value: ir.Value) -> ir.Value | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import Pass, decline, from_context, option
 from trivium.compiler.types import Preserves
-from trivium.passes.quantization import linear
+from trivium.passes.quantization import layers, linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
 from trivium.passes.quantization.insertion import Inserter
 from trivium.passes.quantization.observers import OBSERVERS, Observer
@@ -21,6 +21,9 @@ from trivium.passes.quantization.planning import Plan, plan
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
+
+
+_WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class QuantizeStatic(Pass):
     preserves: ClassVar[Preserves] = "lossy"
 
     method: str = option(
-        "entropy", "How a tensor's range is chosen from its values", choices=("entropy", "minmax")
+        "entropy",
+        "How a tensor's range is chosen from its values",
+        choices=tuple(sorted(OBSERVERS)),
     )
     policy: str = option(
         "auto", "Whose placement of Q/DQ to use", choices=("auto", *sorted(PLACEMENTS))
@@ -55,15 +60,25 @@ class QuantizeStatic(Pass):
     weight_bits: int = option(
         8,
         "Bits of a weight; 7 avoids saturation on x86 without VNNI",
-        choices=(2, 3, 4, 5, 6, 7, 8),
+        choices=_WEIGHT_BITS,
     )
     op_types: tuple[str, ...] = option((), "Operators to quantize; none = all that the engine has")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
+    precision: tuple[str, ...] = option(
+        (),
+        "Layers that differ: NAME=float, or NAME=int4 for its weight; the last match counts",
+    )
+
+    state: str = option("", "File that keeps the statistics: a killed calibration goes on from it")
 
     backend: str | None = from_context("backend")
     calibration: Iterable[Tensors] | None = from_context("calibration")
 
+    def __post_init__(self) -> None:
+        self._choices()
+
     def run(self, model: ir.Model) -> bool:
+        layers.note_unmatched(model, self.exclude, self._choices())
         placement = self._placement()
         made = plan(model.graph, placement, self._chosen)
         if not made.tensors:
@@ -84,7 +99,17 @@ class QuantizeStatic(Pass):
     def _chosen(self, node: ir.Node) -> bool:
         if self.op_types and node.op_type not in self.op_types:
             return False
-        return not any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude)
+        choice = layers.chosen(node, self._choices())
+        wanted = choice is None or choice.bits is not None
+        return wanted and not layers.excluded(node, self.exclude)
+
+    def _choices(self) -> tuple[layers.Choice, ...]:
+        return layers.parse(self.precision, bits=_WEIGHT_BITS)
+
+    def _weight_grid(self, node: ir.Node) -> linear.Grid:
+        choice = layers.chosen(node, self._choices())
+        bits = choice.bits if choice is not None else None
+        return linear.grid("int8", bits or self.weight_bits)
 
     def _grid(self, placement: Placement) -> tuple[linear.Grid, bool]:
         dtype = placement.activation if self.activation == "auto" else self.activation
@@ -139,7 +164,8 @@ class QuantizeStatic(Pass):
             outside = value.is_graph_input() or value.is_graph_output()
             return OBSERVERS["minmax" if outside else self.method](count)
 
-        seen = calibrate(model, values, self.calibration, make)
+        state = Path(self.state) if self.state else None
+        seen = calibrate(model, values, self.calibration, make, state=state)
         if seen.samples == 1:
             decline(
                 model.graph.inputs[0],
@@ -149,8 +175,7 @@ class QuantizeStatic(Pass):
 
     def _inserter(self, graph: ir.Graph, placement: Placement) -> Inserter:
         activations, symmetric = self._grid(placement)
-        weights = linear.grid("int8", self.weight_bits)
-        return Inserter(graph, activations, symmetric, weights, self.per_channel)
+        return Inserter(graph, activations, symmetric, self._weight_grid, self.per_channel)
 
 
 def _forget_unknown(made: Plan, ranges: dict[ir.Value, tuple[float, float]]) -> None:

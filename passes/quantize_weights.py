@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,9 +21,12 @@ from trivium.compiler.passing import (
     weight,
 )
 from trivium.compiler.types import Preserves
-from trivium.passes.quantization import linear
+from trivium.passes.quantization import layers, linear
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_BITS = (4, 8)
+_BLOCKS = (16, 32, 64, 128, 256, 512)
 
 _STRIPE = 1 << 22
 """Elements quantized at a time: temporaries stay small beside the largest weight."""
@@ -48,13 +50,21 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     preserves: ClassVar[Preserves] = "lossy"
 
-    bits: int = option(4, "Bits of a weight", choices=(4, 8))
-    block_size: int = option(128, "Values that share a scale", choices=(16, 32, 64, 128, 256, 512))
+    bits: int = option(4, "Bits of a weight", choices=_BITS)
+    block_size: int = option(128, "Values that share a scale", choices=_BLOCKS)
     symmetric: bool = option(True, "Whether blocks are symmetric about zero (no zero points)")
     min_elements: int = option(4096, "Weights with fewer elements stay as they are")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
+    precision: tuple[str, ...] = option(
+        (),
+        "Layers that differ: NAME=float, NAME=int8, NAME=int4/64; the last match counts",
+    )
+
+    def __post_init__(self) -> None:
+        self._choices()
 
     def run(self, model: ir.Model) -> bool:
+        layers.note_unmatched(model, self.exclude, self._choices())
         modified = False
         order = {node: index for index, node in enumerate(model.graph)}
         for value in list(model.graph.initializers.values()):
@@ -65,8 +75,21 @@ class QuantizeWeights(Pass):
         return modified
 
     def _reads(self, node: ir.Node, index: int) -> bool:
-        named = any(fnmatchcase(node.name or "", pattern) for pattern in self.exclude)
-        return index == 1 and is_op(node, "MatMul", "Gemm") and not named
+        if index != 1 or not is_op(node, "MatMul", "Gemm"):
+            return False
+        choice = layers.chosen(node, self._choices())
+        wanted = choice is None or choice.bits is not None
+        return wanted and not layers.excluded(node, self.exclude)
+
+    def _choices(self) -> tuple[layers.Choice, ...]:
+        return layers.parse(self.precision, bits=_BITS, blocks=_BLOCKS)
+
+    def _form(self, node: ir.Node) -> tuple[int, int]:
+        """Bits and block size of a layer."""
+        choice = layers.chosen(node, self._choices())
+        if choice is None:
+            return self.bits, self.block_size
+        return choice.bits or self.bits, choice.block_size or self.block_size
 
     def _fits(self, value: ir.Value, readers: list[ir.Node]) -> bool:
         shape = dims(value)
@@ -92,7 +115,8 @@ class QuantizeWeights(Pass):
             return decline(value, f"{bad} of {array.size} values are NaN or infinite")
         transposed = _transposed(readers[0])
         matrix = array.T if transposed else array
-        parts = self._blocks(matrix)
+        bits, block_size = self._form(readers[0])
+        parts = self._blocks(matrix, bits, block_size)
         del array, matrix
         name = value.name or "weight"
         stored = [
@@ -102,7 +126,7 @@ class QuantizeWeights(Pass):
         restore = ir.node(
             "DequantizeLinear",
             stored,
-            {"axis": 0, "block_size": self.block_size},
+            {"axis": 0, "block_size": block_size},
             name=f"{name}_dq",
         )
         result = restore.outputs[0]
@@ -119,28 +143,28 @@ class QuantizeWeights(Pass):
             graph.initializers.pop(name)
         return True
 
-    def _blocks(self, matrix: Array) -> list[ir.TensorProtocol]:
+    def _blocks(self, matrix: Array, bits: int, block_size: int) -> list[ir.TensorProtocol]:
         """Quantize a [K, N] matrix along K: codes, scales and, if asymmetric, zero points."""
-        grid = _grid(self.bits, self.symmetric)
+        grid = _grid(bits, self.symmetric)
         rows, columns = matrix.shape
-        blocks = -(-rows // self.block_size)
+        blocks = -(-rows // block_size)
         codes = np.empty((rows, columns), np.int8 if grid.signed else np.uint8)
         scales = np.empty((blocks, columns), np.float32)
         zeros = np.zeros((blocks, columns), codes.dtype)
-        stripe = max(1, _STRIPE // max(1, columns * self.block_size))
+        stripe = max(1, _STRIPE // max(1, columns * block_size))
         for start in range(0, blocks, stripe):
             end = min(start + stripe, blocks)
-            top, bottom = start * self.block_size, min(end * self.block_size, rows)
+            top, bottom = start * block_size, min(end * block_size, rows)
             part = matrix[top:bottom]
-            edges = np.arange(0, bottom - top, self.block_size)
+            edges = np.arange(0, bottom - top, block_size)
             low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
             scale, zero = linear.fit(low, high, grid, symmetric=self.symmetric)
             scales[start:end], zeros[start:end] = scale, zero
-            wide_scale = np.repeat(scale, self.block_size, axis=0)[: bottom - top]
-            wide_zero = np.repeat(zero, self.block_size, axis=0)[: bottom - top]
+            wide_scale = np.repeat(scale, block_size, axis=0)[: bottom - top]
+            wide_zero = np.repeat(zero, block_size, axis=0)[: bottom - top]
             codes[top:bottom] = linear.quantize(part, wide_scale, wide_zero, grid)
-        parts = [_tensor(codes, self.bits), ir.tensor(scales)]
-        return parts if self.symmetric else [*parts, _tensor(zeros, self.bits)]
+        parts = [_tensor(codes, bits), ir.tensor(scales)]
+        return parts if self.symmetric else [*parts, _tensor(zeros, bits)]
 
 
 def _grid(bits: int, symmetric: bool) -> linear.Grid:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, attribute, decline, is_constant, is_op, option
-from trivium.compiler.types import Preserves
+from trivium.compiler.passing import (
+    Pass,
+    attribute,
+    decline,
+    from_context,
+    is_constant,
+    is_op,
+    option,
+)
+from trivium.compiler.types import Preserves, Target
 from trivium.passes.sharding import mesh as meshes
+from trivium.passes.sharding import planner, stages
 from trivium.passes.sharding.axes import Axes, Axis, rank, size, values_of
 from trivium.passes.sharding.mesh import DATA, TENSOR, Mesh
 from trivium.passes.sharding.rules import apply
+
+AUTO = "auto"
 
 Split = dict[ir.Value, dict[int, str]]
 """Value -> which of its axes goes along which axis of the mesh."""
@@ -37,21 +48,44 @@ class Shard(Pass):
     than devices; what an operator without a rule touches; bodies of control flow. Each reason is
     given with the value.
 
+    ``pp`` cuts the layers into stages, one after the other, near equal parts of the weights and
+    where little is handed over. ``auto`` has the backend's cost model price every mesh of the
+    target's devices and takes the fastest that fits; why the others lost is noted. It does
+    nothing for one device, and where the backend's own way is as fast.
+
     A model may be annotated for several meshes; running the pass again with the same one changes
     nothing. Sources: Shoeybi et al., "Megatron-LM" (2019); Xu et al., "GSPMD" (2021).
     """
 
     name: ClassVar[str] = "shard"
     preserves: ClassVar[Preserves] = "exact"
+    sees_caches: ClassVar[bool] = True
 
-    mesh: str = option("", "How many devices along which axis: dp=2,tp=4; empty does nothing")
+    mesh: str = option(
+        AUTO, "How many devices along which axis: dp=2,tp=4,pp=1; auto picks; empty does nothing"
+    )
+    target: Target | None = from_context("target")
+    backend: str | None = from_context("backend")
 
     def run(self, model: ir.Model) -> bool:
         if not self.mesh:
             return False
-        mesh = meshes.parse(self.mesh)
-        split, whole = plan(model.graph, mesh)
-        return _annotate(model, mesh, split, whole)
+        if self.mesh != AUTO:
+            return annotate(model, meshes.parse(self.mesh))
+        mesh = planner.choose(model, self.target, self.backend, annotate)
+        return mesh is not None and annotate(model, mesh)
+
+
+def annotate(model: ir.Model, mesh: Mesh) -> bool:
+    """Decide how a model is spread over a mesh and write it down; return whether that is new.
+
+    Raises:
+        BadInput: The batch, heads or widths do not divide by the mesh, or it has too many stages.
+    """
+    split, whole = plan(model.graph, mesh)
+    of = stages.assign(model.graph, mesh.stages) if mesh.stages > 1 else {}
+    stages.note_shared(model.graph, of)
+    return _annotate(model, mesh, split, whole, of)
 
 
 def plan(graph: ir.Graph, mesh: Mesh) -> tuple[Split, set[ir.Value]]:
@@ -67,7 +101,7 @@ def plan(graph: ir.Graph, mesh: Mesh) -> tuple[Split, set[ir.Value]]:
     try:
         return _plan(graph, mesh)
     except _DoesNotDivide as error:
-        tried = [Mesh(mesh.data, number) for number in _divisors(error.largest)]
+        tried = [replace(mesh, tensor=number) for number in meshes.divisors(error.largest)]
         works = [one.tensor for one in tried if _works(graph, one)]
         raise BadInput(
             f"{error.cause} do not divide by {TENSOR}={mesh.tensor}",
@@ -132,7 +166,7 @@ def _split_batch(axes: Axes, batch: Axis, mesh: Mesh, split: Split) -> None:
         raise BadInput(
             f"a batch of {length} does not divide by {DATA}={mesh.data}",
             about=f"{batch[0].name}, axis 0",
-            remedy=f"{DATA} may be {_list(_divisors(length))}",
+            remedy=f"{DATA} may be {_list(meshes.divisors(length))}",
         )
     for value, number in axes.members(batch):
         length = size((value, number))
@@ -221,16 +255,14 @@ def _note_whole_weights(graph: ir.Graph, axes: Axes, split: Split) -> None:
             decline(weight, f"axis {axis[1]}: {blocked.reason} ({blocked.value.name})")
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 def _list(numbers: list[int], most: int = 12) -> str:
     shown = ", ".join(map(str, numbers[:most]))
     return shown if len(numbers) <= most else f"{shown}, ..."
 
 
-def _annotate(model: ir.Model, mesh: Mesh, split: Split, whole: set[ir.Value]) -> bool:
+def _annotate(
+    model: ir.Model, mesh: Mesh, split: Split, whole: set[ir.Value], of: Mapping[ir.Node, int]
+) -> bool:
     """Write the plan down; return whether the model did not say so already."""
     name = str(mesh)
     known = next((one for one in model.device_configurations if one.name == name), None)
@@ -241,20 +273,20 @@ def _annotate(model: ir.Model, mesh: Mesh, split: Split, whole: set[ir.Value]) -
             remedy="remove that device configuration from the model",
         )
     configuration = known or model.add_device_configuration(name, num_devices=mesh.devices)
-    specs = {
-        value: meshes.spec(mesh, value, split.get(value, {}))
-        for node in model.graph
-        for value in values_of(node)
-        if value.name and (value in split or value in whole)
-    }
+    specs: dict[tuple[ir.Value, int], ir.ShardingSpec] = {}
     modified = known is None
     for node in model.graph:
-        ours = tuple(specs[v] for v in dict.fromkeys(values_of(node)) if v in specs)
+        stage = of.get(node, 0)
+        for value in values_of(node):
+            if value.name and (value in split or value in whole) and (value, stage) not in specs:
+                specs[value, stage] = meshes.spec(mesh, value, split.get(value, {}), stage)
+        ours = tuple(specs[v, stage] for v in dict.fromkeys(values_of(node)) if (v, stage) in specs)
+        entry = ir.NodeDeviceConfiguration(configuration, ours, of.get(node))
         before = [c for c in node.device_configurations if c.configuration is configuration]
-        if ours == (before[0].sharding_specs if before else ()):
+        wanted = [entry] if ours or node in of else []
+        if before == wanted:
             continue
         others = [c for c in node.device_configurations if c.configuration is not configuration]
-        entry = ir.NodeDeviceConfiguration(configuration, ours)
-        node.device_configurations = (*others, *([entry] if ours else []))
+        node.device_configurations = (*others, *wanted)
         modified = True
     return modified

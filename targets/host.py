@@ -68,7 +68,7 @@ def _host() -> Target:
     return Target(
         name="cpu",
         family="cpu",
-        backends=("onnxruntime", "xla", "tvm"),
+        backends=("onnxruntime", "openvino", "xla", "tvm"),
         title=cpu.model or f"this machine's {platform.machine()} CPU",
         peak_ops=peaks,
         memory_bytes=cpu.memory_bytes,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.passing import opset_of
+from trivium.compiler.probe import one_node_model
 
 if TYPE_CHECKING:
     import onnx.defs
@@ -72,7 +73,7 @@ def refusal(node: ir.Node) -> str | None:
     if not _has_body(schema):
         what = f"{node.op_type}-{schema.since_version}"
         return f"{engine} has no CPU kernel for {what}" + (f", {reasons[0]}" if reasons else "")
-    problem = _probe(node, opset)
+    problem = _probe(node)
     return (
         f"{engine} cannot run {node.op_type} by its function body: {problem}" if problem else None
     )
@@ -83,37 +84,15 @@ def _has_body(schema: onnx.defs.OpSchema) -> bool:
     return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
 
 
-def _probe(node: ir.Node, opset: int) -> str | None:
+def _probe(node: ir.Node) -> str | None:
     """Ask the engine itself, with a model of this one node: its body may need what it lacks."""
     import onnx_ir as ir
     import onnxruntime as ort
 
-    def like(value: ir.Value | None, name: str) -> ir.Value | None:
-        if value is None:
-            return None
-        return ir.Value(
-            name=name, type=value.type, shape=value.shape, const_value=value.const_value
-        )
-
-    inputs = [like(value, f"x{index}") for index, value in enumerate(node.inputs)]
-    attributes = list(node.attributes.values())
-    copy = ir.Node("", node.op_type, inputs, attributes, num_outputs=len(node.outputs))
-    for index, (mine, value) in enumerate(zip(copy.outputs, node.outputs, strict=True)):
-        mine.name, mine.type, mine.shape = f"y{index}", value.type, value.shape
-    stored = [v for v in inputs if v is not None and v.const_value is not None]
-    fed = [v for v in inputs if v is not None and v.const_value is None]
-    graph = ir.Graph(
-        fed,
-        copy.outputs,
-        nodes=[copy],
-        initializers=stored,
-        opset_imports={"": opset},
-        name="probe",
-    )
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        proto = ir.to_proto(ir.Model(graph, ir_version=11))
+        proto = ir.to_proto(one_node_model(node))
         ort.InferenceSession(proto.SerializeToString(), options)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         return one_line(error)

@@ -139,7 +139,7 @@ class SignQuantization(NodePass):
         elif quantize is not None and len(quantize.inputs) > 2 and _all_128(quantize.inputs[2]):
             _zero(quantize)
             quantize.attributes.pop("output_dtype", None)
-            codes.dtype = ir.DataType.INT8
+            codes.type = ir.TensorType(ir.DataType.INT8)  # clones share the old type
         else:
             return decline(node, f"{codes.name} comes from outside of the graph")
         for user in readers:

@@ -10,17 +10,18 @@ and no run on a CPU would show it) and ``deadline=SECONDS``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.xla import platforms, process, weights
+from trivium.compiler import links, shapes
 from trivium.compiler import model as models
-from trivium.compiler import shapes
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -37,6 +38,9 @@ class XlaBackend:
     """XLA for TPU, NVIDIA GPU and CPU."""
 
     name = "xla"
+    cache_form = "static"
+    spreads = True
+    """It follows a model's annotations of how it is spread over the devices of a slice."""
 
     def available(self) -> str | None:
         return platforms.missing()
@@ -45,7 +49,12 @@ class XlaBackend:
         return platforms.versions()
 
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
-        return ()
+        """Where there are several devices and nobody has said how to use them, pick a mesh."""
+        if links.devices_of(target) == 1:
+            return ()
+        from trivium.passes.shard import Shard
+
+        return (Shard(target=target, backend=self.name),)
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.xla.lowering import refusal
@@ -63,7 +72,13 @@ class XlaBackend:
         platforms.require(device.platform, target.name)
         deadline = _check_options(request.options)
         precision = request.options.get("precision", _PRECISIONS[0])
-        cases = {_case_name(case): dict(case.dims) for case in shapes.each(request.workload)}
+        generator = request.generator
+        each = shapes.each(request.workload)
+        names = [role.program for role in generator.programs] if generator else []
+        cases = {
+            name: dict(case.dims)
+            for name, case in zip(names or map(_case_name, each), each, strict=True)
+        }
         shapes.require_static(_without_buckets(model, request.workload), "XLA")
         write_model(model, request.folder, MODEL)
         job = {
@@ -75,6 +90,8 @@ class XlaBackend:
             "memory_bytes": target.memory_bytes,
             "partition": request.options.get("partition"),
             "precision": precision,
+            "verified": bool(request.expected),
+            "caches": [cache.past for cache in generator.caches] if generator else [],
         }
         result = process.run(job, platforms.environment(device), deadline)
         return Built(
@@ -95,10 +112,41 @@ class XlaBackend:
 
     def load(self, artifact: Artifact) -> Executable:
         from trivium.backends.xla.executable import XlaExecutable
+        from trivium.backends.xla.generating import XlaDecoder
 
+        def load(artifact: Artifact) -> Executable:
+            executable = XlaExecutable(artifact)
+            if artifact.generator is None:
+                return executable
+            decoder = XlaDecoder(artifact.generator, executable)
+            return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target)
+
+        return self._loaded(artifact, load)
+
+    def load_to_verify(self, artifact: Artifact) -> Executable:
+        """Load what is spread over devices that are not here onto simulated ones."""
+        from trivium.backends.xla import executable, simulation
+
+        if artifact.generator is not None:
+            return self.load(artifact)
+
+        def load(artifact: Artifact) -> Executable:
+            details = artifact.manifest["details"]["xla"]
+            if not simulation.devices_of(artifact) or executable.is_here(details):
+                return executable.XlaExecutable(artifact)
+            reason = simulation.hindrance(artifact)
+            if reason is None:
+                return simulation.Simulation(artifact)
+            alone = executable.XlaExecutable(artifact)
+            alone.where += f"; not run as it is spread over devices: {reason}"
+            return alone
+
+        return self._loaded(artifact, load)
+
+    def _loaded(self, artifact: Artifact, load: Callable[[Artifact], Executable]) -> Executable:
         platforms.require("cpu", str(artifact.path))
         try:
-            return XlaExecutable(artifact)
+            return load(artifact)
         except KeyError as error:
             raise BadInput(
                 f"its manifest lacks {error}",

@@ -11,8 +11,12 @@ Calibrations, by family (``benchmarks/fit_profiles.py`` prints the GPU figures):
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from trivium.backends.xla import spread_cost
+from trivium.compiler import links
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Family, Target, Workload
@@ -84,4 +88,11 @@ PROFILES: dict[Family, Profile] = {
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    return roofline(model, with_bandwidth(target), workload, PROFILES[target.family])
+    profile, devices = PROFILES[target.family], links.devices_of(target)
+    if devices > 1 and any(one.num_devices == devices for one in model.device_configurations):
+        return spread_cost.estimate(model, target, workload, profile)
+    if devices > 1:
+        # Each device keeps what it computed of the outputs: nothing is gathered.
+        one = links.per_device(target)
+        target = replace(one, chips=devices, link_bytes_per_s=math.inf)
+    return roofline(model, with_bandwidth(target), workload, profile)

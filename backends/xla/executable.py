@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import partition, weights
+from trivium.backends.xla import partition, platforms, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -26,43 +26,76 @@ _JAX_NAME = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}
 
 
 class XlaExecutable:
-    """The programs of an artifact, compiled for what is here, over one copy of the weights."""
+    """The programs of an artifact, compiled for what is here, over one copy of the weights.
 
-    def __init__(self, artifact: Artifact) -> None:
+    Args:
+        simulated: Run them spread as far as `simulation` has made devices of this CPU.
+    """
+
+    def __init__(self, artifact: Artifact, *, simulated: bool = False) -> None:
         self._details: Mapping[str, Any] = artifact.manifest["details"]["xla"]
         platform = self._details["device"]["platform"]
-        devices = local_devices(platform)
+        devices = local_devices("cpu" if simulated else platform)
         here = devices[0].platform
-        wanted = self._details["devices"]
-        on_target = here == _JAX_NAME[platform] and len(devices) >= wanted
-        self._devices = devices[:wanted] if on_target else devices[:1]
+        self._on_target = not simulated and is_here(self._details)
+        self._simulated = simulated
+        self._devices = devices if simulated else devices[: self._wanted()]
         kind = self._devices[0].device_kind
-        self.measures_target = on_target and kind == self._details["device_kind"]
+        self.measures_target = self._on_target and kind == self._details["device_kind"]
         name = "this CPU" if here == "cpu" else f"{len(self._devices)} x {kind}"
+        if simulated:
+            name = f"{len(devices)} devices simulated on this CPU{self._meshes()}"
         stands_in = "" if self.measures_target else f" in place of {artifact.manifest['target']}"
         self.where = f"XLA (jax {artifact.backend.toolchain()['jax']}) on {name}{stands_in}"
         stored = weights.arrays(artifact.path / artifact.manifest["weights"])
         self._weights: dict[str, Any] = {}
         self._spread: dict[str, Any] = {}
+        generator = artifact.generator
+        self.caches = [cache.past for cache in generator.caches] if generator is not None else []
         self._programs = [
-            (program.inputs, self._load(artifact.path, program, on_target))
-            for program in artifact.programs
+            (program.inputs, self._load(artifact.path, program)) for program in artifact.programs
         ]
+        self.named = {
+            program.name: function
+            for program, (_, function) in zip(artifact.programs, self._programs, strict=True)
+        }
         self.inputs: Sequence[TensorInfo] = artifact.inputs
         self._place(stored)
 
-    def _load(self, folder: Path, program: Program, on_target: bool) -> Any:
+    def _wanted(self) -> int:
+        """How many devices to use."""
+        return int(self._details["devices"]) if self._on_target else 1
+
+    def _meshes(self) -> str:
+        """How the simulated mesh differs from the real one, in words."""
+        for one in self._details["programs"].values():
+            real, here = one["partition"]["mesh"], (one["simulated"] or one)["partition"]["mesh"]
+            if real != here:
+                shape = "x".join(map(str, here.values()))
+                return f" (a mesh of {shape} instead of {'x'.join(map(str, real.values()))})"
+        return ""
+
+    def _spread_as(self, program: Program) -> tuple[str, Partition]:
+        """The export to run, and how it is spread here."""
+        details = self._details["programs"][program.name]
+        if self._simulated and details["simulated"]:
+            table = details["simulated"]
+            return table["file"] or program.file, Partition.from_json(table["partition"])
+        split = Partition.from_json(details["partition"])
+        if not self._on_target:
+            return program.file, partition.SINGLE
+        if split.kind == "annotated":
+            return f"{program.name}.sharded.stablehlo", split
+        return program.file, split
+
+    def _load(self, folder: Path, program: Program) -> Any:
         import jax
         import jax.export
 
         from trivium.backends.xla.lowering import precise
 
-        split = Partition.from_json(self._details["programs"][program.name]["partition"])
-        file = folder / program.file
-        if not on_target:
-            split = partition.SINGLE
-        elif split.kind == "annotated":
-            file = file.with_name(f"{program.name}.sharded.stablehlo")
+        name, split = self._spread_as(program)
+        file = folder / name
         try:
             exported = jax.export.deserialize(bytearray(file.read_bytes()))
         except Exception as error:  # flatbuffers and jax raise many kinds for what is damaged
@@ -71,23 +104,46 @@ class XlaExecutable:
                 about=str(file),
                 remedy="compile the model again",
             ) from error
-        mesh = partition.mesh_of(split, self._devices)
+        mesh = partition.mesh_of(split, self._devices[: split.devices])
         self._whole = partition.sharding(mesh, [])
         self._spread |= partition.shardings(mesh, split.weights, split.weights)
-        names = [info.name for info in program.inputs]
+        names = [info.name for info in program.inputs if info.name not in self.caches]
         given = partition.shardings(mesh, names, split.inputs)
+        options = platforms.compiler_options(self._devices[0].platform)
+        shardings: tuple[Any, ...] = (None, given)
+        if self.caches:
+            self.held = partition.shardings(mesh, self.caches, split.inputs)
+            shardings = (*shardings, self.held)
         with precise():
-            return jax.jit(exported.call, in_shardings=(None, given))
+            return jax.jit(
+                exported.call,
+                in_shardings=shardings,
+                donate_argnums=(2,) if self.caches else (),
+                compiler_options=options,
+            )
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax
 
-        from trivium.backends.xla.lowering import precise
+        from trivium.backends.xla.lowering import packing, precise
 
+        # The order of axes is the model's doing, and so the same in all programs.
+        orders = next(iter(self._details["programs"].values())).get("packed", {})
         with precise():
             for name, array in stored.items():
                 where = self._spread.get(name, self._whole)
-                self._weights[name] = jax.device_put(array, where)
+                packed = packing.packed(array, orders.get(name))
+                self._weights[name] = jax.device_put(packed, where)
+
+    @property
+    def program_inputs(self) -> Sequence[TensorInfo]:
+        """Of the first program; the others take the same in other sizes."""
+        return self._programs[0][0]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """On the devices, by name."""
+        return self._weights
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
@@ -120,6 +176,13 @@ class XlaExecutable:
             about="run",
             remedy=f"built are the shapes {built}; pad to one, or compile with more --shape sizes",
         )
+
+
+def is_here(details: Mapping[str, Any]) -> bool:
+    """Whether this machine has the devices that an artifact was compiled for."""
+    platform = details["device"]["platform"]
+    devices = local_devices(platform)
+    return devices[0].platform == _JAX_NAME[platform] and len(devices) >= int(details["devices"])
 
 
 def local_devices(platform: str) -> list[Any]:

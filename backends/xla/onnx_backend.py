@@ -23,6 +23,7 @@ from trivium.backends.xla.lowering import Lowered, lower, precise
 from trivium.backends.xla.lowering.fold import is_known
 from trivium.backends.xla.lowering.lazy import jax
 from trivium.backends.xla.lowering.trace import NeedsValue
+from trivium.backends.xla.platforms import Platform
 from trivium.compiler.errors import BadInput
 
 
@@ -34,8 +35,10 @@ class XlaRep(BackendRep):
             input was an argument.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, bake: bool = True) -> None:
-        self._lowered: Lowered = lower(ir.from_proto(model))
+    def __init__(
+        self, model: onnx.ModelProto, *, bake: bool = True, platform: Platform | None = None
+    ) -> None:
+        self._lowered: Lowered = lower(ir.from_proto(model), platform=platform)
         self._outputs = [info.name for info in self._lowered.outputs]
         self._weights: dict[str, Any] | None = None
         self._bake = bake
@@ -159,7 +162,8 @@ class XlaBackend(Backend):
         """Prepare a model; ``bake=False`` refuses inputs whose values a shape depends on."""
         if not cls.supports_device(device):
             raise BadInput(f"no device {device!r} here", about="onnx_backend")
-        return XlaRep(model, **options)
+        platform: Platform | None = "cpu" if device.upper().startswith("CPU") else None
+        return XlaRep(model, platform=platform, **options)
 
     @classmethod
     def run_model(

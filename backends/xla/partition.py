@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Kind = Literal["single", "batch", "replicated", "annotated"]
+
+SIMULATED = 8
+"""How many devices are made of a CPU at most to run a partition without its own."""
 
 AXIS = "batch"
 """Name of the one axis of the mesh of a model without annotations."""
@@ -137,6 +141,20 @@ def noting_annotations(partition: Partition, model: ir.Model) -> Partition:
     why = "one device computes all of it" if partition.devices == 1 else "as asked"
     note = f"the model's annotations for {names} are not used ({why})"
     return replace(partition, note=f"{partition.note}; {note}" if partition.note else note)
+
+
+def reduced(partition: Partition, most: int = SIMULATED) -> Partition:
+    """Return the partition over the largest mesh of at most so many devices that divides its own.
+
+    What divides over an axis divides over a divisor of its length, so the specs stay as they are.
+    As many axes as possible keep at least two devices, so that each split is still one.
+    """
+    if partition.devices <= most:
+        return partition
+    choices = ([d for d in range(1, n + 1) if n % d == 0] for n in partition.mesh.values())
+    fitting = [sizes for sizes in product(*choices) if prod(sizes) <= most]
+    best = max(fitting, key=lambda sizes: (sum(n > 1 for n in sizes), prod(sizes), sizes[::-1]))
+    return replace(partition, mesh=dict(zip(partition.mesh, best, strict=True)))
 
 
 def _along(infos: Sequence[TensorInfo], batch: int | str | None) -> dict[str, Spec]:

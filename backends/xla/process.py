@@ -64,10 +64,10 @@ def run(
                 remedy="allow more with --option deadline=SECONDS",
             )
         if not result_path.is_file():
-            raise BackendFailed(_death(status, log_path), about="XLA")
+            raise BackendFailed(death(status, log_path), about="XLA")
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
     if "error" in result:
-        raise _error(result["error"])
+        raise raised(result["error"])
     return result
 
 
@@ -83,7 +83,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
             process.wait()
 
 
-def _death(status: int, log_path: Path) -> str:
+def death(status: int, log_path: Path) -> str:
     """What a worker that left no result died of."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     said = next((line.strip() for line in reversed(lines) if _telling(line)), "")
@@ -100,7 +100,8 @@ def _telling(line: str) -> bool:
     return bool(line) and not line.startswith(("@", "***", "File ", "0x", "PC:"))
 
 
-def _error(table: Mapping[str, Any]) -> TriviumError:
+def raised(table: Mapping[str, Any]) -> TriviumError:
+    """The error that a worker wrote down as `worker.error_json`."""
     kind = _KINDS.get(table["type"], BackendFailed)
     about, remedy = table["about"], table["remedy"]
     if issubclass(kind, errors.Unsupported):

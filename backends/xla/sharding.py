@@ -41,14 +41,69 @@ class Layout:
         return {value.name or "": self.specs.get(value, []) for value in values}
 
 
-def read(model: ir.Model, devices: int) -> Layout | None:
+def stages(model: ir.Model, devices: int) -> int:
+    """Into how many stages, one after the other, a model wants to be cut; 1 if it does not say."""
+    configuration = _configuration(model, devices)
+    if configuration is None:
+        return 1
+    count = 1
+    for node in model.graph:
+        for entry in node.device_configurations:
+            named = entry.configuration.name if entry.configuration is not None else None
+            if named == configuration.name:
+                count = max(count, (entry.pipeline_stage or 0) + 1)
+    if devices % count:
+        raise BadInput(
+            f"its {count} stages do not share {devices} devices evenly",
+            about=f"device configuration {configuration.name}",
+        )
+    return count
+
+
+def name_of(model: ir.Model, devices: int) -> str:
+    """What a model calls its configuration for so many devices; empty if it has none."""
+    configuration = _configuration(model, devices)
+    return "" if configuration is None else configuration.name
+
+
+def read(model: ir.Model, devices: int, stage: int = 0, count: int = 1) -> Layout | None:
     """Return how a model wants to be spread over so many devices, or None if it does not say.
+
+    Args:
+        stage, count: The model is stage ``stage`` of ``count``, each of which has its own part of
+            the devices.
 
     Raises:
         BadInput: It is annotated for other numbers of devices only, or twice for this one, or an
             axis does not divide.
         Unsupported: Annotations that contradict each other or make no mesh.
     """
+    configuration = _configuration(model, devices)
+    if configuration is None:
+        return None
+    devices //= count
+    own = range(stage * devices, (stage + 1) * devices)
+    found: dict[ir.Value, dict[int, _Part]] = {}
+    for node in model.graph:
+        for entry in node.device_configurations:
+            named = entry.configuration.name if entry.configuration is not None else None
+            for spec in entry.sharding_specs if named == configuration.name else ():
+                _add(found, spec, own)
+    edges = sorted({1, devices} | {edge for dims in found.values() for p in dims.values()
+                                   for edge in (p.stride, p.stride * p.count)})  # fmt: skip
+    if any(upper % lower for lower, upper in pairwise(edges)):
+        raise Unsupported(
+            f"its splits make no mesh of {devices} devices",
+            about=f"device configuration {configuration.name}",
+            remedy="let each split run along an axis of one mesh",
+        )
+    mesh = {f"x{lower}": upper // lower for lower, upper in reversed(list(pairwise(edges)))}
+    specs = {value: _spec(value, dims, edges) for value, dims in found.items()}
+    return Layout(configuration.name, mesh or {"x1": 1}, specs)
+
+
+def _configuration(model: ir.Model, devices: int) -> ir.ModelConfiguration | None:
+    """The one device configuration of a model for so many devices; None if it has none at all."""
     if devices == 1 or not model.device_configurations:
         return None
     fitting = [one for one in model.device_configurations if one.num_devices == devices]
@@ -60,22 +115,7 @@ def read(model: ir.Model, devices: int) -> Layout | None:
             about="sharding",
             remedy="annotate it for one mesh of this size, or give --option partition=batch",
         )
-    found: dict[ir.Value, dict[int, _Part]] = {}
-    for node in model.graph:
-        for entry in node.device_configurations:
-            for spec in entry.sharding_specs if entry.configuration is fitting[0] else ():
-                _add(found, spec, devices)
-    edges = sorted({1, devices} | {edge for dims in found.values() for p in dims.values()
-                                   for edge in (p.stride, p.stride * p.count)})  # fmt: skip
-    if any(upper % lower for lower, upper in pairwise(edges)):
-        raise Unsupported(
-            f"its splits make no mesh of {devices} devices",
-            about=f"device configuration {fitting[0].name}",
-            remedy="let each split run along an axis of one mesh",
-        )
-    mesh = {f"x{lower}": upper // lower for lower, upper in reversed(list(pairwise(edges)))}
-    specs = {value: _spec(value, dims, edges) for value, dims in found.items()}
-    return Layout(fitting[0].name, mesh, specs)
+    return fitting[0]
 
 
 @dataclass(frozen=True)
@@ -86,11 +126,11 @@ class _Part:
     stride: int
 
 
-def _add(found: dict[ir.Value, dict[int, _Part]], spec: ir.ShardingSpec, devices: int) -> None:
+def _add(found: dict[ir.Value, dict[int, _Part]], spec: ir.ShardingSpec, own: range) -> None:
     value = spec.value
     if value is None or not spec.device:
         return
-    parts = _parts(spec, devices)
+    parts = _parts(spec, own)
     if found.setdefault(value, parts) != parts:
         raise Unsupported(
             "two nodes want it split in different ways",
@@ -99,7 +139,7 @@ def _add(found: dict[ir.Value, dict[int, _Part]], spec: ir.ShardingSpec, devices
         )
 
 
-def _parts(spec: ir.ShardingSpec, devices: int) -> dict[int, _Part]:
+def _parts(spec: ir.ShardingSpec, own: range) -> dict[int, _Part]:
     """How each axis of a value is split; by a negative number as by the same from the left."""
     assert spec.value is not None
     name = spec.value.name or ""
@@ -118,17 +158,17 @@ def _parts(spec: ir.ShardingSpec, devices: int) -> dict[int, _Part]:
     for place, holder in zip(places, spec.device, strict=False):
         for device in groups.get(holder, (holder,)):
             held[device] = place
-    if len(places) != len(spec.device) or sorted(held) != list(range(devices)):
+    if len(places) != len(spec.device) or sorted(held) != list(own):
         raise Unsupported(
-            f"its {len(places)} shards are not spread over all of {devices} devices",
+            f"its {len(places)} shards are not spread over all of {len(own)} devices",
             about=name,
             remedy="give each shard a device, and each device a shard",
         )
     parts = {}
     for number, (axis, count) in enumerate(counts.items()):
-        column = [held[device][number] for device in range(devices)]
+        column = [held[device][number] for device in own]
         stride = column.index(1) if count > 1 else 0
-        if count > 1 and column != [d // stride % count for d in range(devices)]:
+        if count > 1 and column != [d // stride % count for d in range(len(own))]:
             raise Unsupported(
                 f"the shards along its axis {axis} lie on devices in no order that a mesh has",
                 about=name,

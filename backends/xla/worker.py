@@ -11,6 +11,8 @@ For each program of the job it leaves in the artifact's folder
   and the CPU, independent of the number of devices;
 - ``NAME.sharded.stablehlo``: the same for as many devices as the slice has, where the model is
   annotated with how it is spread over them;
+- ``NAME.simulated.stablehlo``: the same once more for as few devices as a CPU can simulate, where
+  they are too many and the program is to be verified;
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
 - ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
   kernel module, for ``cuobjdump`` and its like.
@@ -27,7 +29,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -56,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         result = build(job)
     except TriviumError as error:
-        result = {"error": _error_json(error)}
+        result = {"error": error_json(error)}
     except Exception as error:  # jax raises many kinds; the caller gets one line of them
-        result = {"error": _error_json(translated(error, job["target"]))}
+        result = {"error": error_json(translated(error, job["target"]))}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["peak_rss_bytes"] = _peak_rss_bytes()
     result["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 3)
@@ -86,7 +88,8 @@ def _end_with(caller: int) -> None:
             sys.exit(1)
 
 
-def _error_json(error: TriviumError) -> Json:
+def error_json(error: TriviumError) -> Json:
+    """An error as JSON, for `process.raised`."""
     # The lowering has subclasses of its own, which the caller need not know.
     kind = next(one for one in type(error).__mro__ if one.__module__ == TriviumError.__module__)
     return {
@@ -171,8 +174,15 @@ def build_program(
     model = ir.load(folder / job["model"])
     shapes.bind(model, Workload(dims=dims))
     mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
-    lowered = lower(model, quantized=mode)
-    exported = export(lowered, device, job["precision"])
+    on_cpu = device.platform == "cpu"
+    lowered = lower(
+        model,
+        quantized=mode,
+        platform="cpu" if on_cpu else None,
+        pack=on_cpu and device.chips == 1,
+    )
+    caches = job["caches"]
+    exported = export(lowered, device, job["precision"], caches)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     exported_at = time.perf_counter()
 
@@ -189,9 +199,18 @@ def build_program(
     fits({"weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items())})
     if layout is not None:
         constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
-        exported = export(constrained, device, job["precision"], split)
+        exported = export(constrained, device, job["precision"], caches, split)
         (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
-    compiled = compile_export(exported, lowered, split, devices)
+    simulated = None
+    if job["verified"] and split.kind not in ("single", "replicated"):
+        small = partition.reduced(split)
+        simulated = _simulated(name, split, small, lowered)
+        if layout is not None and small != split:
+            again = lower(model, quantized=mode, shardings=constraints(layout, small))
+            exported_small = export(again, Device("cpu"), job["precision"], caches, small)
+            (folder / simulated["file"]).write_bytes(exported_small.serialize())
+    exported_again_at = time.perf_counter()
+    compiled = compile_export(exported, lowered, split, devices, caches)
     compiled_at = time.perf_counter()
 
     text = compiled.as_text()
@@ -202,7 +221,9 @@ def build_program(
         "inputs": [asdict(info) for info in lowered.inputs],
         "outputs": [asdict(info) for info in outputs],
         "quantized_products": mode,
+        "packed": lowered.packed,
         "partition": split.to_json(),
+        "simulated": simulated,
         "memory": memory,
         "weights_bytes": weights_bytes,
         "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
@@ -211,7 +232,22 @@ def build_program(
         "collectives": hlo.collectives(text),
         "compiler_flops": _flops(compiled, text),
         "trace_seconds": round(exported_at - started, 3),
-        "compile_seconds": round(compiled_at - exported_at, 3),
+        "compile_seconds": round(compiled_at - exported_again_at, 3),
+    }
+
+
+def _simulated(
+    name: str, split: partition.Partition, small: partition.Partition, lowered: Any
+) -> Json:
+    """What `simulation` runs of a program that is spread: its export if it is another, how that
+    is spread, and the bytes of all shards of the weights together.
+    """
+    kind = "sharded" if small == split else "simulated"
+    copies = {n: small.devices // small.shards(n) for n in lowered.weights}
+    return {
+        "file": f"{name}.{kind}.stablehlo" if split.kind == "annotated" else None,
+        "partition": small.to_json(),
+        "bytes": sum(tensor.nbytes * copies[n] for n, tensor in lowered.weights.items()),
     }
 
 
@@ -234,9 +270,16 @@ def constraints(layout: sharding.Layout, split: partition.Partition) -> dict[ir.
 
 
 def export(
-    lowered: Any, device: Device, precision: str, split: partition.Partition | None = None
+    lowered: Any,
+    device: Device,
+    precision: str,
+    caches: Sequence[str] = (),
+    split: partition.Partition | None = None,
 ) -> Any:
     """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU.
+
+    It takes weights and inputs by name, and a third table with those inputs that are caches, if
+    there are any, so that a caller can donate them.
 
     Args:
         split: How it is spread, if it is exported for as many devices as that says.
@@ -250,24 +293,40 @@ def export(
 
     names = [device.platform] if device.platform == "cpu" else [device.platform, "cpu"]
     with precise(), jax.default_matmul_precision(precision):
-        spread = {} if split is None else in_and_out(split, partition.mesh_of(split), lowered)
-        function = jax.jit(lowered.function, **spread)
-        return jax.export.export(function, platforms=names)(*avals(lowered))
+        spread = {}
+        if split is not None:
+            spread = in_and_out(split, partition.mesh_of(split), lowered, caches)
+        plain = lowered.function
+        function = jax.jit(_taking_caches(plain) if caches else plain, **spread)
+        return jax.export.export(function, platforms=names)(*avals(lowered, caches))
 
 
-def avals(lowered: Any) -> tuple[Json, Json]:
-    """Return the shapes and dtypes of a lowered model's weights and inputs."""
+def _taking_caches(function: Callable[[Json, Json], Json]) -> Callable[[Json, Json, Json], Json]:
+    return lambda weights, inputs, held: function(weights, {**inputs, **held})
+
+
+def avals(lowered: Any, caches: Sequence[str] = ()) -> tuple[Json, ...]:
+    """Return the shapes and dtypes of a lowered model's weights, inputs and caches."""
     import jax
 
     from trivium.compiler.samples import numpy_dtype
 
     aval: Any = jax.ShapeDtypeStruct
-    weights = {
-        name: aval(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
-        for name, tensor in lowered.weights.items()
-    }
+    weights = {}
+    for name, tensor in lowered.weights.items():
+        shape = tensor.shape.numpy()
+        order = lowered.packed.get(name, range(len(shape)))
+        weights[name] = aval(tuple(shape[axis] for axis in order), tensor.dtype.numpy())
     inputs = {info.name: aval(info.shape, numpy_dtype(info.dtype)) for info in lowered.inputs}
-    return weights, inputs
+    return weights, *_apart(inputs, caches)
+
+
+def _apart(inputs: Json, caches: Sequence[str]) -> tuple[Json, ...]:
+    """A table of inputs, and one of those that are caches, if there are any."""
+    if not caches:
+        return (inputs,)
+    own = {name: value for name, value in inputs.items() if name not in caches}
+    return own, {name: inputs[name] for name in caches}
 
 
 def _outputs(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
@@ -279,27 +338,41 @@ def _outputs(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
 
 
 def compile_export(
-    exported: Any, lowered: Any, split: partition.Partition, devices: Sequence[Any]
+    exported: Any,
+    lowered: Any,
+    split: partition.Partition,
+    devices: Sequence[Any],
+    caches: Sequence[str] = (),
 ) -> Any:
-    """Compile an export for a mesh of devices, spread as the partition says."""
+    """Compile an export for a mesh of devices, spread as the partition says.
+
+    Caches are donated: the new ones are written where the old ones were.
+    """
     import jax
 
     from trivium.backends.xla.lowering import precise
 
     mesh = partition.mesh_of(split, devices)
     with precise():
-        program = jax.jit(exported.call, **in_and_out(split, mesh, lowered))
-        return program.lower(*avals(lowered)).compile()
+        program = jax.jit(
+            exported.call,
+            donate_argnums=(2,) if caches else (),
+            compiler_options=platforms.compiler_options(devices[0].platform),
+            **in_and_out(split, mesh, lowered, caches),
+        )
+        return program.lower(*avals(lowered, caches)).compile()
 
 
-def in_and_out(split: partition.Partition, mesh: Any, lowered: Any) -> dict[str, Any]:
+def in_and_out(
+    split: partition.Partition, mesh: Any, lowered: Any, caches: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what jit is told of how arguments and results are spread."""
     inputs = [info.name for info in lowered.inputs]
     outputs = [info.name for info in lowered.outputs]
     return {
         "in_shardings": (
             partition.shardings(mesh, lowered.weights, split.weights),
-            partition.shardings(mesh, inputs, split.inputs),
+            *_apart(partition.shardings(mesh, inputs, split.inputs), caches),
         ),
         "out_shardings": partition.shardings(mesh, outputs, split.outputs),
     }

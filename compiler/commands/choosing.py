@@ -15,8 +15,7 @@ from trivium.compiler.errors import BadInput
 
 def compare(arguments: argparse.Namespace) -> int:
     """Predict a model on many targets, and report."""
-    files = [Path(file) for file in (arguments.html, arguments.csv) if file]
-    for file in files:
+    for file in [Path(file) for file in (arguments.html, arguments.csv) if file]:
         if not file.parent.is_dir():
             raise BadInput("no such folder", about=str(file.parent))
     with console.progress() as progress:
@@ -31,19 +30,14 @@ def compare(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.html:
-        _write(Path(arguments.html), report.to_html(result))
+        files.write_text(Path(arguments.html), report.to_html(result))
     if arguments.csv:
-        _write(Path(arguments.csv), report.to_csv(result))
+        files.write_text(Path(arguments.csv), report.to_csv(result))
     if arguments.json:
         console.print_json(result.to_json())
     else:
         report.terminal(result)
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    with files.replacing(path) as folder:
-        (folder / path.name).write_text(text, encoding="utf-8")
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler import build, model, prepare, samples
+from trivium.compiler import build, model, prepare
 from trivium.compiler import targets as target_names
 from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput
@@ -30,6 +30,9 @@ def compile(arguments: argparse.Namespace) -> int:
             max_error=arguments.max_error,
             seed=arguments.seed,
             options=_options(arguments.option),
+            generator=arguments.generator,
+            context=arguments.context,
+            prefill=arguments.prefill,
             use_cache=not arguments.no_cache,
             progress=progress,
         )
@@ -118,15 +121,12 @@ def optimize(arguments: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise BadInput("no such folder", about=str(out.parent))
     source = model.load(arguments.model)
-    calibration = None
-    if arguments.calib:
-        calibration = samples.read_npz(arguments.calib, model.signature(source)[0])
     target = target_names.find(arguments.target) if arguments.target else None
     optimized, applied = prepare.optimize(
         source,
         arguments.recipe,
         shape=arguments.shape,
-        calibration=calibration,
+        calibration=arguments.calib or None,
         target=target,
         seed=arguments.seed,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _QUIET_S = 1.0
 """Work shorter than this shows no progress."""
+
+_LINE_S = 10.0
+"""Seconds between two lines of a training's log."""
 
 
 def print_json(document: Any) -> None:
@@ -54,11 +57,75 @@ def progress() -> Iterator[Progress]:
         yield show
 
 
+@contextmanager
+def bar() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """Yield a callback that shows how far a training is, with its figures.
+
+    On a terminal a bar; otherwise a line now and then.
+    """
+    if not sys.stderr.isatty():
+        yield _StepLog()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (BarColumn(), MofNCompleteColumn(), Left(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("preparing", total=None)
+
+        def show(step: int, steps: int, figures: Mapping[str, float]) -> None:
+            bars.update(task, completed=step, total=steps, description=_figures(figures))
+
+        yield show
+
+
+class _StepLog:
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def __call__(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self._said > _LINE_S or step == steps:
+            print(f"update {step}/{steps}: {_figures(figures)}", file=sys.stderr, flush=True)
+            self._said = now
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for ``(done, total)``: a bar on a terminal, else a line if it took long."""
+    if not sys.stderr.isatty():
+        started, seen = time.monotonic(), [0, 0]
+
+        def note(done: int, total: int) -> None:
+            seen[:] = done, total
+
+        yield note
+        took = time.monotonic() - started
+        if took > _QUIET_S:
+            print(f"{what}: {seen[0]} of {seen[1]}, {took:.1f} s", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
 class _StageLog:
     def __init__(self) -> None:
         self._stage, self._since = "", time.monotonic()
 
     def __call__(self, stage: str) -> None:
+        # "layers: 3 of 60" is a stage called "layers"; on a terminal its count shows too.
+        stage = stage.partition(": ")[0]
+        if stage == self._stage:
+            return
         now = time.monotonic()
         if self._stage and now - self._since > _QUIET_S:
             print(f"{self._stage}: {now - self._since:.1f} s", file=sys.stderr)

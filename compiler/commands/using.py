@@ -87,15 +87,28 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def eval(arguments: argparse.Namespace) -> int:
     """Measure quality on data."""
-    result = evaluate.evaluate(
-        arguments.path, arguments.data, metric=arguments.metric, window=arguments.window
-    )
+    with console.counting(f"evaluating {Path(arguments.path).name}") as count:
+        result = evaluate.evaluate(
+            arguments.path,
+            arguments.data,
+            metric=arguments.metric,
+            window=arguments.window,
+            against=arguments.against,
+            count=count,
+        )
     if arguments.json:
         console.print_json(
-            {"metric": result.metric, "value": result.value, "samples": result.samples}
+            {
+                "metric": result.metric,
+                "value": result.value,
+                "samples": result.samples,
+                "against": arguments.against,
+            }
         )
     else:
-        print(f"{result.metric} {result.value:.6g} on {result.samples} samples")
+        against = f", against {arguments.against}" if arguments.against else ""
+        unit = "tokens" if result.metric == "perplexity" else "samples"
+        print(f"{result.metric} {result.value:.6g} on {result.samples} {unit}{against}")
     return 0
 
 

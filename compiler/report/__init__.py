@@ -6,7 +6,7 @@ stands alone: styles, scripts and the JSON are inside, and it asks the network f
 
 from __future__ import annotations
 
-from trivium.compiler.report.html import to_html
+from trivium.compiler.report.html import explanation_html, to_html
 from trivium.compiler.report.tables import document, terminal, to_csv, to_json
 
-__all__ = ["document", "terminal", "to_csv", "to_html", "to_json"]
+__all__ = ["document", "explanation_html", "terminal", "to_csv", "to_html", "to_json"]

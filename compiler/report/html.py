@@ -1,11 +1,12 @@
-"""One HTML file that stands alone, from the template, style and scripts beside this file."""
+"""HTML files that stand alone, from the templates, the style and the scripts beside this file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trivium
 from trivium.compiler.report.tables import document
@@ -15,18 +16,29 @@ if TYPE_CHECKING:
 
 
 def to_html(result: Result) -> str:
-    """Return the page. It shows what its embedded JSON says and loads nothing."""
+    """Return the page of a comparison or a plan."""
+    return _page("page", document(result))
+
+
+def explanation_html(explanation: Mapping[str, Any]) -> str:
+    """Return the page of what ``trivium explain --json`` prints."""
+    return _page("explain", explanation)
+
+
+def _page(name: str, shown: Mapping[str, Any]) -> str:
+    """A page that shows what its embedded JSON says and loads nothing."""
     folder = files("trivium.compiler.report")
 
-    def part(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
+    def part(file: str) -> str:
+        return (folder / file).read_text(encoding="utf-8")
 
     # A "<" of a node's name could end the script element that carries the JSON.
-    data = json.dumps(document(result), allow_nan=False).replace("<", "\\u003c")
-    return Template(part("page.html")).substitute(
+    data = json.dumps(shown, allow_nan=False).replace("<", "\\u003c")
+    body = Template(part(f"{name}.html")).substitute(version=trivium.__version__)
+    return Template(part("frame.html")).substitute(
         style=part("page.css"),
+        body=body,
         data=data,
-        charts=part("charts.js"),
-        page=part("page.js"),
+        scripts="\n".join(part(file) for file in ("charts.js", "common.js", f"{name}.js")),
         version=trivium.__version__,
     )

@@ -1,24 +1,9 @@
 // The page: cards, filters, tabs, table. Everything it shows is in the embedded JSON.
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.rows.map((row, index) => ({ ...row, id: index }));
 for (const row of rows) row.several = rows.some(other => other.target === row.target && other.backend !== row.backend);
 const state = { family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0 };
-const byId = id => document.getElementById(id);
 
-function html(name, properties, ...children) {
-  const element = Object.assign(document.createElement(name), properties || {});
-  element.append(...children.filter(child => child !== null && child !== undefined));
-  return element;
-}
-
-// "9.3 to 56 µs", the unit once where both ends share it.
-function range(pair, show) {
-  if (!pair) return "";
-  const [low, high] = pair.map(show), unit = text => text.replace(/^[\d.e+-]+/, "");
-  return `${unit(low) && unit(low) === unit(high) ? low.slice(0, -unit(low).length) : low} to ${high}`;
-}
-const none = () => null;
 const FIGURES = {
   latency: { label: "Latency", value: r => r.latency_s, interval: r => r.interval_s, measured: r => r.measured && r.measured.latency_s, shown: seconds, caption: "Seconds of one call; shorter is better. The axis is logarithmic." },
   throughput: { label: "Throughput", more: true, value: r => r.throughput_per_s, interval: r => r.interval_s && !r.pipelined ? [1 / r.interval_s[1], 1 / r.interval_s[0]] : null, measured: r => r.measured && 1 / r.measured.latency_s, shown: rate, caption: "Calls a second with one call in flight, or one after another through a pipeline; more is better." },
@@ -34,22 +19,6 @@ for (const figure of Object.values(FIGURES)) {
 }
 
 const visible = () => rows.filter(row => (state.family === "all" || row.family === state.family) && `${row.target} ${row.title} ${row.backend} ${row.recipe}`.toLowerCase().includes(state.search));
-
-// --- tooltips ---
-
-const tipBox = byId("tip");
-function tip(element, text) {
-  const show = event => {
-    tipBox.textContent = text();
-    tipBox.hidden = false;
-    const box = element.getBoundingClientRect();
-    const px = event.clientX || box.left + box.width / 2, py = event.clientY || box.bottom;
-    tipBox.style.left = Math.max(8, Math.min(px + 14, innerWidth - tipBox.offsetWidth - 8)) + "px";
-    tipBox.style.top = (py + 18 + tipBox.offsetHeight > innerHeight ? Math.max(8, py - tipBox.offsetHeight - 12) : py + 18) + "px";
-  };
-  for (const name of ["pointerenter", "pointermove", "focus"]) element.addEventListener(name, show);
-  for (const name of ["pointerleave", "blur"]) element.addEventListener(name, () => { tipBox.hidden = true; });
-}
 
 // --- the parts of the page ---
 
@@ -198,18 +167,7 @@ function draw() {
   drawRefused();
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = theme === "dark" ? "Light" : "Dark";
-}
-
-setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-byId("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 byId("search").addEventListener("input", event => { state.search = event.target.value.toLowerCase(); draw(); });
-byId("download").addEventListener("click", event => {
-  event.target.href = "data:application/json;charset=utf-8," + encodeURIComponent(JSON.stringify(data, null, 2));
-  event.target.download = `${(data.model || "plan").replace(/\.\w+$/, "")}.json`;
-});
 let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawChart(); } });
 drawHead();

@@ -1,15 +1,10 @@
-"""Running a graph on representative inputs and showing tensors to observers, in bounded memory.
-
-ONNX Runtime runs the graph with the observed tensors as its outputs. Three things bound memory:
-feeds are cut into batches whose observed tensors fit a budget; where one sample exceeds it, tensors
-are taken in groups (one run of the graph for each group and batch); and observers keep statistics
-only.
-"""
+"""Showing the tensors of a graph to observers while a walk runs it on representative inputs."""
 
 from __future__ import annotations
 
-import math
-import tempfile
+import hashlib
+import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trivium.compiler.errors import BackendFailed, BadInput
-from trivium.compiler.onnx_api import one_line
+from trivium.compiler.errors import BadInput
+from trivium.passes.quantization import walk
 from trivium.passes.quantization.observers import Observer
 
 if TYPE_CHECKING:
@@ -26,11 +21,8 @@ if TYPE_CHECKING:
 
     from trivium.compiler.backend import Tensors
 
-BATCH = 32
-"""Most samples run at a time, where the model's batch is free."""
-
-BUDGET = 16 << 20
-"""Bytes of observed tensors that one run may return."""
+SAVE_EVERY = 10.0
+"""Seconds between two writings of the state."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +46,76 @@ def calibrate(
     feeds: Iterable[Tensors],
     make: Callable[[ir.Value], Observer],
     *,
-    budget: int = BUDGET,
+    budget: int = walk.BUDGET,
+    weights: int = walk.WEIGHTS,
+    state: Path | None = None,
 ) -> Calibrated:
     """Show every batch of ``values`` to an observer of its own.
 
     Args:
         model: In normal form; unchanged afterwards.
         values: Float tensors of the main graph.
-        feeds: Iterated once for each group of values.
+        feeds: What `walk.Walk` takes.
         make: Makes the observer of a value.
         budget: Bytes of observed tensors that one run may return.
+        weights: Bytes of weights that the engine may hold at a time.
+        state: A file that keeps what was learnt; a calibration that was killed goes on from it.
+            It is removed when the calibration is complete.
 
     Raises:
-        BadInput: No feeds.
+        BadInput: No feeds, or a state of another calibration.
         BackendFailed: ONNX Runtime cannot run the model.
     """
+    kept = _State(state, model, values, make) if state is not None else None
+    folder = kept.folder if kept is not None else None
+    walked = walk.Walk(model, feeds, values, budget=budget, weights=weights, folder=folder)
     observers = {value: make(value) for value in values}
     spoiled: set[ir.Value] = set()
-    given = [value for value in values if _is_fed(value)]
-    computed = [value for value in values if not _is_fed(value)]
-    free = _free_batch(model)
-    first = next(iter(_batches(feeds, free, 1)), None)
-    if first is None:
-        raise BadInput(
-            "the calibration data is empty", about="quantize", remedy="give at least one sample"
-        )
-    sizes = _sizes(model, computed, first[0])
-    size = min(BATCH, max(1, budget // max(1, sum(sizes.values()))))
-    samples = 0
-    for batch, count in _batches(feeds, free, size):
-        samples += count
-        for value in given:
-            _show(observers[value], np.asarray(batch[value.name or ""]), value, spoiled)
-    with tempfile.TemporaryDirectory(prefix="trivium-calibrate-") as folder:
-        for group in _groups(sizes, budget):
-            run = _runner(model, group, Path(folder))
-            for batch, _ in _batches(feeds, free, size):
-                for value, array in zip(group, run(batch), strict=True):
+    position, group_at, batch_at = kept.restore(walked, observers, spoiled) if kept else (0, 0, 0)
+    left = dict.fromkeys(values)
+    for segment in walked.segments[:position]:
+        _take(left, segment)
+    for index, segment in enumerate(walked.walk_from(position), position):
+        groups = list(_groups(walked, _take(left, segment), budget))
+        for number, group in enumerate(groups):
+            if number < group_at:
+                continue
+            for batch, arrays in enumerate(walked.run(segment, group, start=batch_at), batch_at):
+                for value, array in zip(group, arrays, strict=True):
                     _show(observers[value], array, value, spoiled)
-    return Calibrated(observers, samples, frozenset(spoiled))
+                if kept is not None:
+                    kept.save(walked, observers, spoiled, (index, number, batch + 1))
+            batch_at = 0
+        group_at = 0
+        if kept is not None:
+            kept.save(walked, observers, spoiled, (index, len(groups), 0), now=True)
+    if kept is not None:
+        kept.remove()
+    return Calibrated(observers, walked.samples, frozenset(spoiled))
 
 
-def _is_fed(value: ir.Value) -> bool:
-    return value.is_graph_input() and not value.is_initializer()
+def _take(left: dict[ir.Value, None], segment: walk.Segment) -> list[ir.Value]:
+    """Remove from ``left`` the values that a segment can give, and return them in graph order."""
+    given = [*segment.inputs, *(value for node in segment.nodes for value in node.outputs)]
+    found = [value for value in given if value in left]
+    for value in found:
+        del left[value]
+    return found
+
+
+def _groups(walked: walk.Walk, values: Sequence[ir.Value], budget: int) -> Iterator[list[ir.Value]]:
+    """Values in groups that fit the budget."""
+    group: list[ir.Value] = []
+    total = 0
+    for value in values:
+        nbytes = walked.size(value)
+        if group and total + nbytes > budget:
+            yield group
+            group, total = [], 0
+        group.append(value)
+        total += nbytes
+    if group:
+        yield group
 
 
 def _show(
@@ -114,112 +133,92 @@ def _show(
         spoiled.add(value)
 
 
-def _free_batch(model: ir.Model) -> str | None:
-    """The name of the leading dimension that all inputs share and a feed may choose, if any."""
-    names = set()
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers:
-            continue
-        shape = value.shape
-        if shape is None or not len(shape) or isinstance(shape[0], int):
-            return None
-        names.add(shape[0].value)
-    return names.pop() if len(names) == 1 else None
+Position = tuple[int, int, int]
+"""Segment, group and batch that come next."""
 
 
-def _batches(
-    feeds: Iterable[Tensors], free: str | None, limit: int
-) -> Iterator[tuple[Tensors, int]]:
-    """Feeds cut along a free batch dimension, each with its number of samples."""
-    for feed in feeds:
-        sizes = {np.shape(array)[0] for array in feed.values() if np.ndim(array)}
-        if free is None or len(sizes) != 1 or any(not np.ndim(a) for a in feed.values()):
-            yield feed, 1
-            continue
-        size = sizes.pop()
-        for start in range(0, size, limit):
-            end = min(start + limit, size)
-            yield {name: array[start:end] for name, array in feed.items()}, end - start
+class _State:
+    """What a calibration has learnt so far, in a file that is whole whenever the process dies.
 
+    What crosses segments is kept in a folder beside it.
+    """
 
-def _sizes(model: ir.Model, values: Sequence[ir.Value], sample: Tensors) -> dict[ir.Value, int]:
-    """Bytes of float tensors for one sample; a dimension that nothing names counts as one."""
-    named: dict[str, int] = {}
-    for value in model.graph.inputs:
-        array = sample.get(value.name or "")
-        if array is not None and value.shape is not None:
-            for dim, size in zip(value.shape, np.shape(array), strict=False):
-                if not isinstance(dim, int):
-                    named[str(dim.value)] = size
-    sizes = {}
-    for value in values:
-        shape = value.shape if value.shape is not None else ()
-        known = [dim if isinstance(dim, int) else named.get(str(dim.value), 1) for dim in shape]
-        sizes[value] = 4 * math.prod(known)
-    return sizes
+    def __init__(
+        self,
+        path: Path,
+        model: ir.Model,
+        values: Sequence[ir.Value],
+        make: Callable[[ir.Value], Observer],
+    ) -> None:
+        self.path, self.values = path, values
+        self.folder = path.with_name(path.name + ".tensors")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = [f"{v.name} {type(make(v)).__name__} {v.shape}" for v in values]
+        facts += [f"{node.op_type} {node.name}" for node in model.graph]
+        self._key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self._saved = time.monotonic()
 
-
-def _groups(sizes: Mapping[ir.Value, int], budget: int) -> Iterator[list[ir.Value]]:
-    """Values in graph order, in groups that fit the budget."""
-    group: list[ir.Value] = []
-    total = 0
-    for value, nbytes in sizes.items():
-        if group and total + nbytes > budget:
-            yield group
-            group, total = [], 0
-        group.append(value)
-        total += nbytes
-    if group:
-        yield group
-
-
-def _runner(
-    model: ir.Model, values: Sequence[ir.Value], folder: Path
-) -> Callable[[Tensors], list[np.ndarray[Any, Any]]]:
-    import onnxruntime as ort
-
-    from trivium.compiler.model import save
-
-    path = folder / "observed.onnx"
-    observed = _observing(model, values)
-    # External data is mapped by ONNX Runtime: weights are neither parsed nor copied.
-    save(observed, path, external=True)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    names = [value.name or "" for value in values]
-    try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen kinds without a common base
-        raise _cannot_run(error) from error
-
-    def run(feed: Tensors) -> list[np.ndarray[Any, Any]]:
+    def restore(
+        self, walked: walk.Walk, observers: Mapping[ir.Value, Observer], spoiled: set[ir.Value]
+    ) -> Position:
+        if not self.path.is_file():
+            return 0, 0, 0
         try:
-            return list(session.run(names, dict(feed)))
-        except Exception as error:  # as above
-            raise _cannot_run(error) from error
+            with np.load(self.path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+            facts = json.loads(str(arrays["facts"]))
+        except Exception as error:  # numpy and zipfile raise their own kinds for damaged archives
+            raise BadInput(
+                "not a calibration's state", about=str(self.path), remedy="remove the file"
+            ) from error
+        if facts["key"] != self._key or facts["batch"] != walked.batch:
+            raise BadInput(
+                "the state of a calibration of another model, or with other options",
+                about=str(self.path),
+                remedy="remove the file",
+            )
+        for i, value in enumerate(self.values):
+            prefix = f"{i}."
+            kept = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+            observers[value].restore(kept)
+            if i in facts["spoiled"]:
+                spoiled.add(value)
+        walked.samples, walked.count = facts["samples"], facts["count"]
+        segment, group, batch = facts["position"]
+        return segment, group, batch
 
-    return run
+    def save(
+        self,
+        walked: walk.Walk,
+        observers: Mapping[ir.Value, Observer],
+        spoiled: set[ir.Value],
+        position: Position,
+        *,
+        now: bool = False,
+    ) -> None:
+        if not now and time.monotonic() - self._saved < SAVE_EVERY:
+            return
+        facts = {
+            "key": self._key,
+            "batch": walked.batch,
+            "samples": walked.samples,
+            "count": walked.count,
+            "position": position,
+            "spoiled": [i for i, value in enumerate(self.values) if value in spoiled],
+        }
+        arrays = {
+            f"{i}.{name}": array
+            for i, value in enumerate(self.values)
+            for name, array in observers[value].state().items()
+        }
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("wb") as stream:
+            np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]  # its stubs take no arrays by name
+        part.replace(self.path)
+        self._saved = time.monotonic()
 
-
-def _cannot_run(error: Exception) -> BackendFailed:
-    return BackendFailed(
-        f"ONNX Runtime cannot run the model to calibrate it: {one_line(error)}",
-        about="quantize-static",
-        remedy="use a recipe without calibration, e.g. int8-weights",
-    )
-
-
-def _observing(model: ir.Model, values: Sequence[ir.Value]) -> ir.Model:
-    """A copy (weights shared) whose only outputs are ``values``, in a form that the engine runs."""
-    import onnx_ir as ir
-
-    from trivium.passes.widen_attention_mask import WidenAttentionMask
-
-    copy = model.clone()
-    found = ir.convenience.create_value_mapping(copy.graph)
-    copy.graph.outputs[:] = [found[value.name or ""] for value in values]
-    WidenAttentionMask()(copy)
-    return copy
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()

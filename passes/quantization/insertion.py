@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,17 +26,19 @@ class Inserter:
         graph: The main graph.
         activations: Grid of the activations.
         symmetric: Whether they are symmetric.
-        weights: Grid of the weights.
+        weights: Grid of the weight of a layer.
         per_channel: Whether each output channel of a weight has a scale of its own.
     """
 
     graph: ir.Graph
     activations: Grid
     symmetric: bool
-    weights: Grid
+    weights: Callable[[ir.Node], Grid]
     per_channel: bool
     _scales: dict[ir.Value, Array] = field(default_factory=dict)
-    _stored: dict[tuple[ir.Value, int | None], tuple[ir.Value, Array]] = field(default_factory=dict)
+    _stored: dict[tuple[ir.Value, int | None, Grid], tuple[ir.Value, Array]] = field(
+        default_factory=dict
+    )
     _taken: set[str] = field(default_factory=set)
 
     def insert(self, plan: Plan, ranges: Mapping[ir.Value, tuple[float, float]]) -> None:
@@ -117,7 +119,7 @@ class Inserter:
     def _quantize_constant(self, use: Use) -> Array:
         """Store a constant operand on the activations' grid; return its scale."""
         value = _input(use)
-        key = (value, -1)
+        key = (value, -1, self.activations)
         if key not in self._stored:
             array = _array(value)
             scale, zero = linear.fit(
@@ -140,13 +142,14 @@ class Inserter:
         bias = None
         if bias_at is not None and source is not None:
             bias = _array(_input((node, bias_at))).reshape(-1)
-        key = (value, axis)
+        grid = self.weights(node)
+        key = (value, axis, grid)
         if key not in self._stored:
-            scale = self._weight_scale(array, axis, source, bias)
+            scale = self._weight_scale(array, axis, grid, source, bias)
             zero = np.zeros(scale.shape, np.int64)
-            codes = linear.quantize(array, linear.along(scale, axis, array.ndim), 0, self.weights)
+            codes = linear.quantize(array, linear.along(scale, axis, array.ndim), 0, grid)
             self._stored[key] = (
-                self._dequantized(value, codes, scale, zero, self.weights, axis, node),
+                self._dequantized(value, codes, scale, zero, grid, axis, node),
                 scale,
             )
         result, scale = self._stored[key]
@@ -155,10 +158,15 @@ class Inserter:
             self._quantize_bias(node, bias_at, bias, source * scale)
 
     def _weight_scale(
-        self, array: Array, axis: int | None, source: Array | None, bias: Array | None
+        self,
+        array: Array,
+        axis: int | None,
+        grid: Grid,
+        source: Array | None,
+        bias: Array | None,
     ) -> Array:
         low, high = linear.extremes(array, axis)
-        scale, _ = linear.fit(low, high, self.weights, symmetric=True)
+        scale, _ = linear.fit(low, high, grid, symmetric=True)
         empty = (low == 0) & (high == 0)
         # A channel of zeros takes the scale of the largest: its bias still needs a fine grid.
         scale = np.where(empty, scale[~empty].max(initial=0.0) or np.float32(1.0), scale)

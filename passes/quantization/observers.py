@@ -1,22 +1,28 @@
 """What calibration learns of one tensor, batch by batch, in memory that does not grow.
 
 An observer sees every batch once and keeps a few numbers or a histogram, never a value. The table
-`OBSERVERS` is where another method joins.
+`OBSERVERS` is where another method joins; what a histogram is made into is in `thresholds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from trivium.compiler.passing import entering
+from trivium.passes.quantization import thresholds
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BINS = 2048
 
-TRACE = 1e-4
-"""Of a count, for what the grid cannot give (the smoothing that MXNet and ONNX Runtime use)."""
+MOMENTUM = 0.9
+"""Weight of what a moving average held before a batch."""
+
+QUANTILE = 0.99999
+"""Share of the values that the percentile method keeps."""
 
 
 class Observer(Protocol):
@@ -36,26 +42,40 @@ class Observer(Protocol):
         """The range to quantize; called after the last batch."""
         ...
 
+    def state(self) -> Mapping[str, Array]:
+        """What it has learnt, to be stored."""
+        ...
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what was stored."""
+        ...
+
 
 OBSERVERS: dict[str, Callable[[int], Observer]] = {}
 """Calibration method -> how to make its observer, given the number of codes of the grid."""
 
+observer = entering(OBSERVERS)
 
-def observer(name: str) -> Callable[[type[Any]], type[Any]]:
-    """Register an observer under the name that recipes use."""
 
-    def register(cls: type[Any]) -> type[Any]:
-        if name in OBSERVERS:
-            raise ValueError(f"two observers are called {name!r}")
-        OBSERVERS[name] = cls
-        return cls
+class Stored:
+    """An observer whose whole state is a few attributes."""
 
-    return register
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def state(self) -> Mapping[str, Array]:
+        return {name: np.asarray(getattr(self, name)) for name in self.kept}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        for name in self.kept:
+            value = state[name]
+            setattr(self, name, value if value.ndim else value.item())
 
 
 @observer("minmax")
-class MinMax:
+class MinMax(Stored):
     """The least and largest value ever seen."""
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high")
 
     def __init__(self, codes: int = 256) -> None:
         self.seen = 0
@@ -72,18 +92,46 @@ class MinMax:
         return (self.low, self.high) if self.seen else (0.0, 0.0)
 
 
+@observer("moving-average")
+class MovingAverage(Stored):
+    """The moving average of each batch's least and largest value."""
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high")
+
+    def __init__(self, codes: int = 256) -> None:
+        self.seen = 0
+        self.low = self.high = 0.0
+
+    def update(self, values: Array) -> None:
+        if values.size == 0:
+            return
+        low, high = float(values.min()), float(values.max())
+        share = MOMENTUM if self.seen else 0.0
+        self.low = share * self.low + (1 - share) * low
+        self.high = share * self.high + (1 - share) * high
+        self.seen += values.size
+
+    def range(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
 class Histogram(MinMax):
-    """Counts of the magnitudes ``|x|`` in equal bins from 0 to ``limit``.
+    """Counts of the values in equal bins from ``-limit`` to ``limit``.
 
     ``limit`` doubles when a larger magnitude turns up: pairs of bins merge, so that one pass over
-    the data is enough and no count is ever split.
+    the data is enough and no count is ever split. The exact zeros, of which padding and ReLU make
+    many, are counted apart.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high", "limit", "zeros", "counts")
 
     def __init__(self, codes: int = 256) -> None:
         super().__init__(codes)
         self.codes = codes
         self.limit = 0.0
-        self.counts = np.zeros(BINS, np.int64)
+        self.zeros = 0
+        self.counts = np.zeros(2 * BINS, np.int64)
+        """First the bins of the negative values, from ``-limit`` up to 0."""
 
     def update(self, values: Array) -> None:
         if values.size == 0:
@@ -91,22 +139,38 @@ class Histogram(MinMax):
         super().update(values)
         largest = max(-self.low, self.high)
         if largest <= 0:
-            self.counts[0] += values.size
+            self.zeros += values.size
             return
         self._reach(largest)
-        magnitudes = np.abs(values.reshape(-1))
-        magnitudes *= np.float32(BINS / self.limit)
-        index = magnitudes.astype(np.intp)
-        np.minimum(index, BINS - 1, out=index)
-        self.counts += np.bincount(index, minlength=BINS)
+        flat = values.reshape(-1)
+        scaled = flat * np.float32(BINS / self.limit)
+        np.floor(scaled, out=scaled)
+        np.clip(scaled, -BINS, BINS - 1, out=scaled)
+        index = scaled.astype(np.int32)
+        index += BINS
+        self.counts += np.bincount(index, minlength=2 * BINS)
+        zeros = flat.size - int(np.count_nonzero(flat))
+        self.zeros += zeros
+        self.counts[BINS] -= zeros
 
     def _reach(self, largest: float) -> None:
         if self.limit == 0.0:
             self.limit = largest
         while self.limit < largest:
             merged = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts = np.concatenate([merged, np.zeros(BINS // 2, np.int64)])
+            edge = np.zeros(BINS // 2, np.int64)
+            self.counts = np.concatenate([edge, merged, edge])
             self.limit *= 2
+
+    @property
+    def magnitudes(self) -> Array:
+        """Counts of ``|x|`` without the zeros, in bins from 0 to ``limit``."""
+        folded: Array = self.counts[BINS:] + self.counts[:BINS][::-1]
+        return folded
+
+    def clipped(self, threshold: float) -> tuple[float, float]:
+        """The range seen, as far as it lies within ``threshold`` of zero."""
+        return max(self.low, -threshold), min(self.high, threshold)
 
 
 @observer("entropy")
@@ -118,58 +182,33 @@ class Entropy(Histogram):
     """
 
     def range(self) -> tuple[float, float]:
-        low, high = super().range()
         if self.limit == 0.0:
-            return low, high
-        signed = low < 0
-        levels = self.codes // 2 if signed else self.codes
-        bins = divergence_threshold(self.counts, levels)
-        threshold = self.limit * bins / BINS
-        return max(low, -threshold), min(high, threshold)
+            return super().range()
+        levels = self.codes // 2 if self.low < 0 else self.codes
+        bins = thresholds.divergence_threshold(self.magnitudes, levels)
+        return self.clipped(self.limit * bins / BINS)
 
 
-def divergence_threshold(counts: Array, levels: int, *, stride: int = 8) -> int:
-    """Return how many of the histogram's first bins to keep.
+@observer("percentile")
+class Percentile(Histogram):
+    """The range that leaves out the same small share of the values at either end."""
 
-    Args:
-        counts: Histogram of magnitudes, equal bins from zero.
-        levels: Codes that the grid has for them.
-        stride: Thresholds tried are ``levels``, ``levels + stride``, ... bins.
-    """
-    counts = counts.astype(np.float64)
-    # The first bin holds the exact zeros (padding, ReLU), which every threshold represents
-    # exactly; left in, they would drown all else.
-    counts[0] = counts[1]
-    used = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 0
-    if used <= levels:
-        return max(used, 1)
-    best, chosen = float("inf"), used
-    tail = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])
-    for bins in sorted({*range(levels, used, stride), used}):
-        divergence = _divergence(counts[:bins], tail[bins], levels)
-        # Of equals the widest: a histogram of a few spikes loses nothing wherever it is cut.
-        if divergence <= best + 1e-12:
-            best, chosen = divergence, bins
-    return chosen
+    def range(self) -> tuple[float, float]:
+        if self.limit == 0.0:
+            return super().range()
+        counts = self.counts.copy()
+        counts[BINS] += self.zeros
+        edges = np.linspace(-self.limit, self.limit, 2 * BINS + 1)
+        low, high = thresholds.quantiles(counts, edges, QUANTILE)
+        return max(self.low, low), min(self.high, high)
 
 
-def _divergence(kept: Array, clipped: float, levels: int) -> float:
-    """KL(P || Q): P the kept bins with what was clipped in the last, Q its image on the levels."""
-    starts = np.arange(levels) * len(kept) // levels
-    occupied = kept > 0
-    sums = np.add.reduceat(kept, starts)
-    filled = np.add.reduceat(occupied.astype(np.float64), starts)
-    widths = np.diff(np.append(starts, len(kept)))
-    spread = np.repeat(sums / np.maximum(filled, 1.0), widths)
-    approximation = np.where(occupied, spread, 0.0)
-    reference = kept.copy()
-    reference[-1] += clipped
-    if approximation[-1] == 0:
-        # Where only clipped values land, Q has nothing: a trace keeps the divergence finite.
-        approximation[-1] = TRACE
-    total_p, total_q = reference.sum(), approximation.sum()
-    if total_p == 0 or total_q == 0:
-        return float("inf")
-    at = reference > 0
-    p, q = reference[at] / total_p, approximation[at] / total_q
-    return float(np.sum(p * np.log(p / q)))
+@observer("mse")
+class MeanSquaredError(Histogram):
+    """The range whose grid gives back the values with the least mean squared error."""
+
+    def range(self) -> tuple[float, float]:
+        if self.limit == 0.0:
+            return super().range()
+        middles = (np.arange(2 * BINS) + 0.5 - BINS) * (self.limit / BINS)
+        return thresholds.least_squares(self.counts, middles, (self.low, self.high), self.codes)

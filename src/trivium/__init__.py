@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trivium.backends.xla.gradients import differentiable
+    from trivium.backends.xla.training.tuning import tune
     from trivium.compiler.artifact import Artifact
     from trivium.compiler.build import compile
     from trivium.compiler.compare import compare
@@ -36,6 +37,7 @@ _PUBLIC = {
     "differentiable": "trivium.backends.xla.gradients",
     "optimize": "trivium.compiler.prepare",
     "plan": "trivium.compiler.plan",
+    "tune": "trivium.backends.xla.training.tuning",
     "verify": "trivium.compiler.verify",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "load",
     "optimize",
     "plan",
+    "tune",
     "verify",
 ]
 

@@ -67,6 +67,14 @@ def test_a_step_of_a_coarse_grid_is_forgiven_and_a_wrong_engine_is_not() -> None
     assert not verify.compare([{"y": want}], [{"y": wrong}]).within(verify.COARSE)
 
 
+def test_two_engines_may_differ_by_as_much_as_the_grid_is_coarse() -> None:
+    coarse = {"tolerance": verify.COARSE, "lossy": True}
+    assert judge(1.25, 1.4, **coarse).status == "passed"  # nearer to the source than the graph
+    assert judge(1.6, 1.4, **coarse).status == "failed"  # as far from the graph, on the far side
+    assert judge(1.25, 1.4, **{**coarse, "lossy": False}).status == "failed"
+    assert judge(1.25, 1.01, **coarse).status == "failed"  # further from it than the grid is coarse
+
+
 def test_verify_repeats_the_comparison(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared_data("models/mnist_mlp_onnxmlir.onnx")
     artifact = trivium.compile(source, "cpu", out=tmp_path / "out")

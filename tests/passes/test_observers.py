@@ -14,10 +14,13 @@ from trivium.passes.quantization.observers import (
     OBSERVERS,
     Entropy,
     Histogram,
+    MeanSquaredError,
     MinMax,
-    divergence_threshold,
+    MovingAverage,
+    Percentile,
     observer,
 )
+from trivium.passes.quantization.thresholds import divergence_threshold
 
 Array = np.ndarray[Any, Any]
 
@@ -101,17 +104,77 @@ def test_batches_add_up(batches: list[list[float]]) -> None:
     histogram = Histogram()
     for array in arrays:
         histogram.update(array)
-    assert histogram.counts.sum() == whole.size
+    assert histogram.counts.sum() + histogram.zeros == whole.size
+    assert histogram.zeros == np.count_nonzero(whole == 0)
     if histogram.limit:
         # Every count lies in the bin of its value, to the rounding of a float32 product.
-        magnitudes = np.sort(np.abs(whole.astype(np.float64)))
+        ordered = np.sort(whole[whole != 0].astype(np.float64))
         width = histogram.limit / BINS
-        bins = np.repeat(np.arange(BINS), histogram.counts)
-        # What came while all was zero is in the first bin, whatever the limit became.
-        assert (np.abs(magnitudes / width - bins - 0.5) <= 0.5 + 1e-2).all()
+        bins = np.repeat(np.arange(2 * BINS), histogram.counts) - BINS
+        assert (np.abs(ordered / width - bins - 0.5) <= 0.5 + 1e-2).all()
+
+
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_a_stored_state_goes_on_where_it_was(name: str) -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.standard_normal(500), rng.standard_normal(500) * 3
+    whole, part, later = (OBSERVERS[name](256) for _ in range(3))
+    for batch in (first, second):
+        whole.update(batch.astype(np.float32))
+    part.update(first.astype(np.float32))
+    later.restore(part.state())
+    later.update(second.astype(np.float32))
+    assert later.seen == whole.seen == 1000
+    assert later.range() == whole.range()
+
+
+def test_a_moving_average_forgets() -> None:
+    average = MovingAverage()
+    for high in (1.0, 2.0, 3.0):
+        average.update(np.array([-1, high], np.float32))
+    assert average.range() == pytest.approx((-1, 0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_percentile_is_numpy_s_to_the_width_of_a_bin(seed: int) -> None:
+    values = np.random.default_rng(seed).laplace(1.0, 1.0, 400_000).astype(np.float32)
+    values[:100_000] = np.maximum(values[:100_000], 0)
+    one = Percentile()
+    for batch in np.split(values, 4):
+        one.update(batch)
+    width = one.limit / BINS
+    low, high = np.quantile(values, [5e-6, 1 - 5e-6])
+    # Beside the width of a bin, a tail of two values may be cut between them.
+    assert one.range() == pytest.approx((low, high), abs=width + 0.5)
+    assert one.range()[1] < values.max()
+
+
+def quantized_error(values: Array, low: float, high: float, codes: int) -> float:
+    scale = (high - low) / (codes - 1)
+    zero = np.rint(low / scale)
+    lattice = np.clip(np.rint(values / scale), zero, zero + codes - 1) * scale
+    return float(np.mean((values - lattice) ** 2))
+
+
+@pytest.mark.parametrize("codes", [4, 16, 256])
+@pytest.mark.parametrize("draw", ["normal", "laplace", "relu"])
+def test_mse_is_near_the_best_of_a_search(draw: str, codes: int) -> None:
+    rng = np.random.default_rng(2)
+    values = {
+        "normal": rng.standard_normal(8_000),
+        "laplace": rng.laplace(size=8_000),
+        "relu": np.maximum(rng.standard_normal(8_000), 0),
+    }[draw].astype(np.float32)
+    one = MeanSquaredError(codes)
+    one.update(values)
+    found = quantized_error(values, *one.range(), codes)
+    lows, highs = (np.linspace(0.02, 1, 50) * end for end in (values.min(), values.max()))
+    best = min(quantized_error(values, low, high, codes) for low in {*lows} for high in highs)
+    assert found < 1.08 * best
+    assert found <= quantized_error(values, values.min(), values.max(), codes) * (1 + 1e-6)
 
 
 def test_two_observers_cannot_share_a_name() -> None:
-    assert set(OBSERVERS) == {"minmax", "entropy"}
-    with pytest.raises(ValueError, match="two observers are called 'minmax'"):
+    assert set(OBSERVERS) == {"minmax", "entropy", "moving-average", "percentile", "mse"}
+    with pytest.raises(ValueError, match="two entries for minmax"):
         observer("minmax")(MinMax)

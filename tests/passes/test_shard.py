@@ -106,7 +106,7 @@ def test_heads_that_do_not_divide_are_refused_with_what_would(tmp_path: Path) ->
         Shard("tp=8")(made)
 
 
-@pytest.mark.parametrize("text", ["tp", "tp=0", "pp=2", "tp=2,tp=2", "tp=2;dp=2", "tp=-1"])
+@pytest.mark.parametrize("text", ["tp", "tp=0", "ep=2", "tp=2,tp=2", "tp=2;dp=2", "tp=-1"])
 def test_what_is_no_mesh_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="is no axis of a mesh"):
         parse(text)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from trivium.backends.xla.lowering import packing
 from trivium.backends.xla.lowering.constants import weights_of
 from trivium.backends.xla.lowering.dtypes import numpy_dtype, precise
 from trivium.backends.xla.lowering.lazy import jnp
+from trivium.backends.xla.lowering.packing import Order
 from trivium.backends.xla.lowering.quantized import Mode
 from trivium.backends.xla.lowering.trace import Env, Frame, run_graph
+from trivium.backends.xla.platforms import Platform
 from trivium.compiler.errors import BadInput
 from trivium.compiler.model import signature
 from trivium.compiler.types import TensorInfo
@@ -33,6 +36,7 @@ class Lowered:
         weights: The constants that it takes as arguments, by name, unread.
         inputs, outputs: The model's signature, initializers left out.
         places: Where in the model each weight is.
+        packed: The weights that it takes with their axes in another order than the model's.
     """
 
     function: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
@@ -40,10 +44,15 @@ class Lowered:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     places: Mapping[str, ir.Value]
+    packed: Mapping[str, Order] = field(default_factory=dict)
 
     def read(self) -> dict[str, np.ndarray[Any, Any]]:
         """Read all weights into memory."""
-        return {name: tensor.numpy() for name, tensor in self.weights.items()}
+        return {name: self.pack(name, tensor.numpy()) for name, tensor in self.weights.items()}
+
+    def pack(self, name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """A weight of the model as the function takes it."""
+        return packing.packed(array, self.packed.get(name))
 
 
 def lower(
@@ -51,6 +60,8 @@ def lower(
     *,
     quantized: Mode = "integer",
     shardings: Mapping[ir.Value, Any] | None = None,
+    platform: Platform | None = None,
+    pack: bool = False,
 ) -> Lowered:
     """Lower a model; nothing is read or traced yet.
 
@@ -58,6 +69,9 @@ def lower(
         quantized: What products do whose operands are dequantized: compute on the integers, on
             floats, or on floats with gradients straight through each quantization.
         shardings: jax's sharding of values that have to be spread in a given way.
+        platform: What the program is for, if only for that: it may be lowered to what is fast
+            there and slow elsewhere.
+        pack: Whether the function takes weights in the order that XLA's CPU reads them in.
 
     Shapes need not be bound: they are taken from the arguments when the function is traced. Known
     inputs (numpy arrays instead of jax ones, outside jit) are folded like constants.
@@ -70,21 +84,30 @@ def lower(
     inputs, outputs = signature(model)
     arguments = [value for value in model.graph.inputs if value.name in {i.name for i in inputs}]
     functions = dict(model.functions)
+    orders = packing.orders_of(named) if pack else {}
 
     def function(weights: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         with precise():
-            env: Env = {value: weights[name] for name, value in named.items()}
+            env: Env = {
+                value: packing.unpacked(weights[name], orders.get(name))
+                for name, value in named.items()
+            }
             for value in arguments:
                 env[value] = _argument(value, given)
             frame = Frame(
-                env, model.graph.opset_imports, functions, mode=quantized, shardings=shardings or {}
+                env,
+                model.graph.opset_imports,
+                functions,
+                mode=quantized,
+                shardings=shardings or {},
+                platform=platform,
             )
             results = run_graph(model.graph, frame)
             names = [value.name or "" for value in model.graph.outputs]
             return {name: _result(r) for name, r in zip(names, results, strict=True)}
 
     weights = {name: tensors[value] for name, value in named.items()}
-    return Lowered(function, weights, inputs, outputs, named)
+    return Lowered(function, weights, inputs, outputs, named, orders)
 
 
 def _named(tensors: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:

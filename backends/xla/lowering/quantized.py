@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from trivium.backends.xla.lowering.cpu import grouped_convolution
 from trivium.backends.xla.lowering.fold import is_known
 from trivium.backends.xla.lowering.lazy import jnp, lax
 
@@ -193,6 +194,7 @@ def _conv(op: Op, x: Quantized | None, w: Quantized) -> Any | None:
     fill = jnp.zeros((), "int8") if zero is None else jnp.reshape(zero, ()).astype("int8")
     data = lax.pad(data, fill, [(0, 0, 0), (0, 0, 0), *((a, b, 0) for a, b in padding)])
     letters = spatial_letters(rank)
+    groups = op.attr("group", 1)
 
     def convolve(data: Any, filters: Any, accumulator: Any) -> Any:
         return lax.conv_general_dilated(
@@ -202,9 +204,14 @@ def _conv(op: Op, x: Quantized | None, w: Quantized) -> Any | None:
             [(0, 0)] * rank,
             rhs_dilation=dilations,
             dimension_numbers=letters,
-            feature_group_count=op.attr("group", 1),
+            feature_group_count=groups,
             preferred_element_type=accumulator,
         ).astype("int32")
+
+    def convolve_on_cpu(data: Any, filters: Any) -> Any:
+        data, filters = data.astype(exact), filters.astype(exact)
+        y = grouped_convolution(data, filters, strides, [(0, 0)] * rank, dilations, groups)
+        return convolve(data, filters, exact) if y is None else y.astype("int32")
 
     # XLA's CPU has no fast convolution of integers. Floats that hold each partial sum exactly
     # give the same int32.
@@ -212,7 +219,7 @@ def _conv(op: Op, x: Quantized | None, w: Quantized) -> Any | None:
     total = lax.platform_dependent(
         data,
         filters,
-        cpu=lambda data, filters: convolve(data.astype(exact), filters.astype(exact), exact),
+        cpu=convolve_on_cpu,
         default=lambda data, filters: convolve(data, filters, np.int32),
     )
     if zero is not None:

@@ -20,6 +20,7 @@ from trivium.backends.xla.lowering.fold import fold, is_known
 from trivium.backends.xla.lowering.functions import FunctionKey, body_of
 from trivium.backends.xla.lowering.lazy import jax
 from trivium.backends.xla.lowering.quantized import Mode, integer_product, straight_through
+from trivium.backends.xla.platforms import Platform
 from trivium.compiler.errors import TriviumError, Unsupported
 
 Env = dict[ir.Value, Any]
@@ -37,6 +38,7 @@ class Frame:
         promised: Shapes that the caller declared for outputs of a function body.
         mode: How quantized products are lowered.
         shardings: jax's sharding of the values that have to be spread in a given way.
+        platform: What the program is for, where that is one platform and handlers may suit it.
     """
 
     env: Env
@@ -46,6 +48,7 @@ class Frame:
     promised: Mapping[ir.Value, tuple[int, ...]] = field(default_factory=dict)
     mode: Mode = "integer"
     shardings: Mapping[ir.Value, Any] = field(default_factory=dict)
+    platform: Platform | None = None
 
     def opset(self, domain: str) -> int:
         """The version of a domain that is in force; its first if the model forgot to say."""
@@ -272,7 +275,14 @@ def _run_function(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
         shape = None if outer_value is None else promised_shape(outer_value, frame)
         if shape is not None:
             promised[inner] = shape
-    inside = Frame(env, body.opsets, frame.functions, attributes, promised, frame.mode)
+    inside = replace(
+        frame,
+        env=env,
+        opsets=body.opsets,
+        attributes=attributes,
+        promised=promised,
+        shardings={},
+    )
     names = [value.name for value in body.function.outputs]
     made = dict(zip(names, run_graph(body.function, inside), strict=True))
     return tuple(made.get(name) for name in body.outputs)

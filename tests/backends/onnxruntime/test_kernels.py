@@ -73,3 +73,38 @@ def test_a_missing_or_misshapen_feed_is_one_line(
         executable.run({})
     with pytest.raises(trivium.TriviumError, match="shape"):
         executable.run({"Input3": np.zeros((1, 28, 28), np.float32)})
+
+
+def test_products_with_a_bias_run_as_integers(tmp_path: Path) -> None:
+    """ONNX Runtime makes a float Gemm of them unless it is told not to."""
+    rng = np.random.default_rng(0)
+    x = ir.val("x", ir.DataType.FLOAT, [2, 4, 64])
+    weight = ir.tensor(rng.standard_normal((64, 64)).astype(np.float32), name="w")
+    bias = ir.tensor(rng.standard_normal(64).astype(np.float32), name="b")
+    product = ir.node("MatMul", [x, ir.Value(name="w", const_value=weight)])
+    total = ir.node("Add", [product.outputs[0], ir.Value(name="b", const_value=bias)])
+    y = total.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape([2, 4, 64])
+    graph = ir.Graph(
+        [x],
+        [y],
+        nodes=[product, total],
+        initializers=[product.inputs[1], total.inputs[1]],  # type: ignore[list-item]
+        opset_imports={"": 24},
+        name="g",
+    )
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "m.onnx")
+    feeds = [{"x": rng.standard_normal((2, 4, 64)).astype(np.float32)} for _ in range(4)]
+    artifact = trivium.compile(
+        tmp_path / "m.onnx", "cpu", recipe="int8-minmax", calibration=feeds, out=tmp_path / "out"
+    )
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(
+        artifact.path / "model.onnx",
+        options,
+        disabled_optimizers=artifact.manifest["details"]["disabled_optimizers"],
+    )
+    ran = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert "MatMulIntegerToFloat" in ran
+    assert "Gemm" not in ran

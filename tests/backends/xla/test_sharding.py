@@ -19,8 +19,8 @@ import pytest
 
 import trivium
 from tests.models.conftest import random_model
-from trivium.backends.xla import platforms, sharding
-from trivium.compiler import reference
+from trivium.backends.xla import partition, platforms, sharding
+from trivium.compiler import reference, verify
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.recipe import Recipe, Step
@@ -137,7 +137,9 @@ def test_a_split_model_computes_the_same(
     made = random_model(config, tmp_path)
     ir.save(made, tmp_path / "model.onnx")
     artifact = compiled(tmp_path / "model.onnx", EIGHT, mesh, tmp_path, "batch=4", "seq=16")
-    assert artifact.manifest["verification"]["status"] == "passed"
+    verification = artifact.manifest["verification"]
+    assert verification["status"] == "passed"
+    assert "on 8 devices simulated on this CPU in place" in verification["compared"]["where"]
     found = program(artifact)
     assert found["partition"]["kind"] == "annotated"
     assert found["collectives"].keys() == {"all-reduce"}
@@ -206,6 +208,40 @@ def test_four_chips_hold_a_quarter_of_the_weights_each(tmp_path: Path) -> None:
     text = (split.path / "main.hlo.txt").read_text()
     assert "f32[256,128]" in text
     assert "f32[256,512]" not in text
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_mesh_too_large_to_simulate_is_verified_on_a_smaller_one(tmp_path: Path) -> None:
+    made = random_model({**LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 2}, tmp_path)
+    ir.save(made, tmp_path / "model.onnx")
+    many = replace(EIGHT, name="cpu:32", chips=32)
+    artifact = compiled(tmp_path / "model.onnx", many, "dp=4,tp=8", tmp_path, "batch=4", "seq=16")
+    where = artifact.manifest["verification"]["compared"]["where"]
+    assert where.endswith("(a mesh of 2x4 instead of 4x8) in place of cpu:32")
+    assert artifact.manifest["verification"]["status"] == "passed"
+    # A wrong shard would have been seen: other weights give other numbers on the devices too.
+    stored = artifact.path / artifact.manifest["weights"]
+    data = bytearray(stored.read_bytes())
+    data[-4096:] = bytes(4096)
+    stored.write_bytes(data)
+    damaged = Artifact.open(artifact.path, checked=False)
+    assert verify.verify(damaged).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "smaller"),
+    [
+        ({"x8": 4, "x1": 8}, {"x8": 2, "x1": 4}),
+        ({"x1": 256}, {"x1": 8}),
+        ({"x9": 3, "x1": 9}, {"x9": 1, "x1": 3}),
+        ({"x8": 2, "x1": 4}, {"x8": 2, "x1": 4}),
+        ({"x16": 2, "x4": 4, "x1": 4}, {"x16": 2, "x4": 2, "x1": 2}),
+    ],
+    ids=str,
+)
+def test_a_reduced_mesh_divides_the_mesh(mesh: dict[str, int], smaller: dict[str, int]) -> None:
+    assert partition.reduced(partition.Partition("annotated", mesh)).mesh == smaller
 
 
 @needs_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trivium.backends.xla.lowering.cpu import grouped_convolution
 from trivium.backends.xla.lowering.lazy import jnp, lax
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
@@ -40,15 +41,21 @@ def convolve(op: Op, x: Any, w: Any, **options: Any) -> Any:
     rank = x.ndim - 2
     strides = op.attr("strides") or [1] * rank
     dilations = op.attr("dilations") or [1] * rank
+    groups = op.attr("group", 1)
     padding = window_padding(op, x.shape[2:], w.shape[2:], strides, dilations)
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    if op.frame.platform == "cpu" and groups > 1 and not options:
+        y = grouped_convolution(x, w, strides, padding, dilations, groups)
+        if y is not None:
+            return y
     return lax.conv_general_dilated(
-        jnp.asarray(x),
-        jnp.asarray(w),
+        x,
+        w,
         strides,
         padding,
         rhs_dilation=dilations,
         dimension_numbers=spatial_letters(rank),
-        feature_group_count=op.attr("group", 1),
+        feature_group_count=groups,
         **options,
     )
 

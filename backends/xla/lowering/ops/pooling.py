@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trivium.backends.xla.lowering.cpu import pooled
 from trivium.backends.xla.lowering.lazy import jnp, lax
 from trivium.backends.xla.lowering.ops.convolution import window_padding
 from trivium.backends.xla.lowering.registry import handles
@@ -18,6 +19,7 @@ class _Window:
 
     def __init__(self, op: Op, x: Any) -> None:
         rank = x.ndim - 2
+        self.platform = op.frame.platform
         self.kernel: list[int] = op.attr("kernel_shape")
         self.strides: list[int] = op.attr("strides") or [1] * rank
         self.dilations: list[int] = op.attr("dilations") or [1] * rank
@@ -42,6 +44,10 @@ class _Window:
             (begin, end + over)
             for (begin, end), over in zip(self.padding, self.overhang, strict=True)
         ]
+        if self.platform == "cpu" and not isinstance(x, tuple):
+            y = pooled(x, self.kernel, self.strides, padded, self.dilations, initial, function)
+            if y is not None:
+                return y
         return lax.reduce_window(
             x,
             initial,

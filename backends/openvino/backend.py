@@ -1,0 +1,139 @@
+"""The OpenVINO backend: an ``.onnx`` file that OpenVINO compiles for this CPU when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler import model as models
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import BuildRequest, Executable, Tensors
+from trivium.compiler.errors import BackendFailed, ToolchainMissing, Unsupported
+from trivium.compiler.samples import conform_feeds
+from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+FILE = "model.onnx"
+
+
+class OpenVinoBackend:
+    """OpenVINO's CPU plugin."""
+
+    name = "openvino"
+
+    def available(self) -> str | None:
+        from importlib.util import find_spec
+
+        if find_spec("openvino") is None:
+            return "openvino is not installed; install it with: pip install 'trivium[openvino]'"
+        return None
+
+    def toolchain(self) -> dict[str, str]:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return {"openvino": version("openvino")}
+        except PackageNotFoundError:
+            return {}
+
+    def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
+        # Without the engine nothing can be asked of it: normal form is then priced as it stands.
+        if self.available() is not None:
+            return ()
+        from trivium.backends.openvino import legalize
+
+        return legalize.passes()
+
+    def refuses(self, node: ir.Node, target: Target) -> str | None:
+        if self.available() is not None:
+            return None
+        from trivium.backends.openvino import legalize
+
+        return legalize.refusal(node)
+
+    def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
+        from trivium.backends.openvino import cost
+
+        return cost.estimate(model, target, workload)
+
+    def build(self, model: ir.Model, request: BuildRequest) -> Built:
+        files = models.save(model, request.folder / FILE)
+        precision = precision_of(model)
+        from trivium.backends.openvino import engine
+
+        try:
+            engine.compile_file(str(files[0]), precision)
+        except Exception as error:  # openvino raises RuntimeError, and what pybind makes of others
+            raise Unsupported(
+                f"OpenVINO takes each node, but not the whole: {engine.reason(error)}",
+                about=request.target.name,
+                remedy="bind symbolic dimensions with --shape, or try --backend onnxruntime",
+            ) from error
+        inputs, outputs = models.signature(model)
+        return Built(
+            programs=(Program("main", FILE, inputs, outputs),),
+            weights=files[1].name if len(files) > 1 else None,
+            details={"precision": precision},
+        )
+
+    def load(self, artifact: Artifact) -> Executable:
+        unavailable = self.available()
+        if unavailable is not None:
+            raise ToolchainMissing(unavailable, about="backend openvino")
+        return OpenVinoExecutable(artifact)
+
+
+def precision_of(model: ir.Model) -> str:
+    """What the float operators of a graph compute in, as OpenVINO calls it.
+
+    The engine has one precision for all of them; a graph that mixes float32 and a half precision
+    (as the recipes ``bf16`` and ``fp16`` leave it) asks for the half one.
+    """
+    types = {
+        value.dtype.name
+        for node in model.graph.all_nodes()
+        for value in node.outputs
+        if value.dtype is not None
+    }
+    if "BFLOAT16" in types:
+        return "bf16"
+    return "f16" if "FLOAT16" in types else "f32"
+
+
+class OpenVinoExecutable:
+    """A compiled model over an artifact's file."""
+
+    measures_target = True
+
+    def __init__(self, artifact: Artifact) -> None:
+        from trivium.backends.openvino import engine
+
+        program = artifact.programs[0]
+        self.inputs: Sequence[TensorInfo] = program.inputs
+        self._outputs = [info.name for info in program.outputs]
+        precision = artifact.manifest["details"]["precision"]
+        try:
+            compiled = engine.compile_file(str(artifact.path / program.file), precision)
+            self._request = compiled.create_infer_request()
+            ports = {name: i for i, port in enumerate(compiled.outputs) for name in port.names}
+            self._ports = [ports[name] for name in self._outputs]
+        except Exception as error:  # as in build
+            raise BackendFailed(engine.reason(error), about="openvino") from error
+        self.where = f"{engine.name()} on this CPU, {precision}"
+
+    def run(self, feeds: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+        from trivium.backends.openvino import engine
+
+        ready = conform_feeds(feeds, self.inputs)
+        try:
+            # Inputs are shared, for they live until the call ends; outputs are copied out of it.
+            results = self._request.infer(ready, share_inputs=True)
+        except Exception as error:  # as in build
+            raise BackendFailed(engine.reason(error), about="openvino") from error
+        return {n: results[i] for n, i in zip(self._outputs, self._ports, strict=True)}
+
+
+BACKEND = OpenVinoBackend()

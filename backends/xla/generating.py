@@ -1,0 +1,94 @@
+"""Driving a decoder with static caches in XLA: one program for each number of new tokens, over
+caches that stay on the devices and are donated from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler.errors import BackendFailed
+from trivium.compiler.generation.slots import SlotDecoder
+from trivium.compiler.generator import Generator
+from trivium.compiler.onnx_api import one_line
+from trivium.compiler.samples import numpy_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trivium.backends.xla.executable import XlaExecutable
+
+    Array = np.ndarray[Any, Any]
+
+
+class XlaDecoder(SlotDecoder):
+    """The programs of an artifact over one copy of the weights; see `SlotDecoder`."""
+
+    def __init__(self, generator: Generator, executable: XlaExecutable) -> None:
+        super().__init__(generator)
+        self.where = executable.where
+        self._executable = executable
+        self._programs = {
+            role.tokens: executable.named[role.program] for role in generator.programs
+        }
+        self._dtypes = {info.name: numpy_dtype(info.dtype) for info in executable.program_inputs}
+
+    def _capacity(self, wanted: int) -> int:
+        # The buffers are as long as the programs say, however little is asked for.
+        return self.generator.context
+
+    def _empty(self, rows: int, capacity: int) -> list[Any]:
+        import jax
+        import numpy as np
+
+        from trivium.backends.xla.lowering import precise
+
+        sizes = {"rows": rows, "capacity": capacity}
+        with precise():
+            return [
+                jax.device_put(
+                    np.zeros(cache.sized(**sizes), numpy_dtype(cache.dtype)),
+                    self._executable.held[cache.past],
+                )
+                for cache in self.generator.caches
+            ]
+
+    def _call(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
+        import numpy as np
+
+        from trivium.backends.xla.lowering import precise
+
+        caches = self.generator.caches
+        program = self._programs[feeds[self.generator.tokens].shape[1]]
+        given = {name: array.astype(self._dtypes[name]) for name, array in feeds.items()}
+        held = {cache.past: buffer for cache, buffer in zip(caches, buffers, strict=True)}
+        try:
+            with precise():
+                found = program(self._executable.weights, given, held)
+                logits = np.asarray(found[self.generator.logits])
+        except Exception as error:  # XLA raises one kind for everything, jax several more
+            raise BackendFailed(one_line(error), about="XLA") from error
+        return logits, [found[cache.present] for cache in caches]
+
+    def _arrange(
+        self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[int, int]], slots: Array
+    ) -> list[Any]:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from trivium.backends.xla.lowering import precise
+
+        arranged = []
+        with precise():
+            for index, cache in enumerate(self.generator.caches):
+                axes = (cache.batch_axis, cache.length_axis)
+                held = [jnp.moveaxis(own[index], axes, (0, 1)) for own in buffers]
+                length = held[0].shape[1]
+                rows = jnp.stack([held[source][place] for source, place in places])
+                where = np.zeros((len(places), length), np.int64)
+                where[:, : slots.shape[1]] = np.maximum(slots, 0)
+                where = where.reshape(*where.shape, *[1] * (rows.ndim - 2))
+                moved = jnp.moveaxis(jnp.take_along_axis(rows, where, axis=1), (0, 1), axes)
+                arranged.append(jax.device_put(moved, self._executable.held[cache.past]))
+        return arranged

@@ -1,0 +1,101 @@
+"""Window operators that XLA's CPU has no fast kernel for, made of what it is fast at.
+
+It has one for a plain convolution (Eigen's, channels last). A grouped one and a pooling window go
+through a general loop: a depthwise 3x3 over 16 channels of 120x120 took 11.9 ms that way and takes
+0.16 ms as nine shifted products (`benchmarks/xla_cpu.py` measures the models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from trivium.backends.xla.lowering.lazy import jnp, lax
+
+Padding = Sequence[tuple[int, int]]
+
+_MOST_TAPS = 64
+"""Window positions up to which each is an operation of its own."""
+
+_MOST_SPLITS = 8
+"""Groups up to which each is a convolution of its own."""
+
+
+def grouped_convolution(
+    x: Any, w: Any, strides: Sequence[int], padding: Padding, dilations: Sequence[int], groups: int
+) -> Any | None:
+    """A grouped convolution in ONNX's layout; None where XLA's own is as good."""
+    channels, outputs = x.shape[1], w.shape[0]
+    if groups == channels > 1 and prod(w.shape[2:]) <= _MOST_TAPS:
+        # Half precision is summed in single, as XLA's own convolution does.
+        wide = jnp.promote_types(x.dtype, "float32")
+        weights = jnp.moveaxis(w[:, 0], 0, -1).astype(wide)
+        x = jnp.repeat(x, outputs // channels, axis=1).astype(wide)
+        parts = _shifted(x, np.zeros((), wide), w.shape[2:], strides, padding, dilations)
+        y = reduce(lax.add, (part * weights[tap] for tap, part in parts))
+        return _channels_second(y).astype(w.dtype)
+    if 1 < groups <= _MOST_SPLITS:
+        letters = "DHWXYZ"[: x.ndim - 2]
+        layouts = (f"NC{letters}", f"OI{letters}", f"NC{letters}")
+        each = [
+            lax.conv_general_dilated(
+                a, b, strides, padding, rhs_dilation=dilations, dimension_numbers=layouts
+            )
+            for a, b in zip(jnp.split(x, groups, 1), jnp.split(w, groups, 0), strict=True)
+        ]
+        return jnp.concatenate(each, 1)
+    return None
+
+
+def pooled(
+    x: Any,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+    initial: Any,
+    function: Callable[[Any, Any], Any],
+) -> Any | None:
+    """``x`` (N, C, spatial) reduced over each window; None where XLA's own is as good."""
+    if prod(kernel) > _MOST_TAPS:
+        return None
+    parts = _shifted(x, initial, kernel, strides, padding, dilations)
+    return _channels_second(reduce(function, (part for _, part in parts)))
+
+
+def _shifted(
+    x: Any,
+    fill: Any,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilations: Sequence[int],
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Each position in the window, and what lies there of all windows, channels last.
+
+    Channels come last so that one loop over all of it runs along contiguous memory.
+    """
+    x = jnp.moveaxis(x, 1, -1)
+    x = lax.pad(x, fill, [(0, 0, 0), *((a, b, 0) for a, b in padding), (0, 0, 0)])
+    # Padding inside of the loop would be a branch at every element.
+    x = lax.optimization_barrier(x)
+    steps = (1, *strides, 1)
+    counts = [
+        (size - (window - 1) * dilation - 1) // stride + 1
+        for size, window, dilation, stride in zip(
+            x.shape[1:-1], kernel, dilations, strides, strict=True
+        )
+    ]
+    for tap in product(*map(range, kernel)):
+        first = [place * dilation for place, dilation in zip(tap, dilations, strict=True)]
+        last = [f + (n - 1) * s + 1 for f, n, s in zip(first, counts, strides, strict=True)]
+        yield tap, lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), steps)
+
+
+def _channels_second(y: Any) -> Any:
+    return jnp.moveaxis(y, -1, 1)

@@ -1,0 +1,144 @@
+"""What a call costs when its program is spread over the devices of a slice.
+
+One device computes its share of every operator, at the rates that the roofline has for one; what
+the shares need from one another travels over the links (`trivium.compiler.links`). Nothing
+overlaps: XLA hides some of the traffic behind compute, but how much was measured nowhere here.
+Stages run one after the other, so a call takes all of them and the next may follow after the
+slowest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trivium.backends.xla import sharding
+from trivium.compiler import links
+from trivium.compiler.cost import Profile, energy, interval, price, roofline
+from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.types import Bound, Estimate, OpCost, Target, Work, Workload
+from trivium.compiler.work import value_bytes
+from trivium.passes.sharding import stages
+from trivium.passes.sharding.share import collectives, local
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CALIBRATION = "collectives by a model of the links, which was not measured here"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage on its devices: what it computes, sends, and holds."""
+
+    estimate: Estimate
+    traffic: tuple[OpCost, ...]
+
+    @property
+    def seconds(self) -> float:
+        return (self.estimate.seconds or 0.0) + self.link
+
+    @property
+    def link(self) -> float:
+        return sum(op.seconds for op in self.traffic)
+
+
+def estimate(model: ir.Model, target: Target, workload: Workload, profile: Profile) -> Estimate:
+    """Predict one call of a model that is annotated for as many devices as the target has."""
+    devices = links.devices_of(target)
+    count = sharding.stages(model, devices)
+    timed = []
+    for index in range(count):
+        part = _stage(model, target, workload, profile, index, count)
+        if part.estimate.seconds is None:
+            return part.estimate
+        timed.append(part)
+    return _together(timed, target, profile, count)
+
+
+def _stage(
+    model: ir.Model, target: Target, workload: Workload, profile: Profile, index: int, count: int
+) -> _Stage:
+    devices = links.devices_of(target)
+    own = stages.Stage(model, (), ())
+    if count > 1:
+        own = stages.extract(model, index, sharding.name_of(model, devices))
+    layout = sharding.read(own.model, devices, index, count)
+    assert layout is not None
+    try:
+        share = local(own.model, layout.mesh, layout.specs)
+        traffic = _traffic(own, share, layout, target)
+    except (BadInput, Unsupported) as error:
+        return _Stage(Estimate(None, notes=(f"not predicted: {error}",)), ())
+    if traffic is None:
+        note = f"no published figures of the links of {target.name}"
+        return _Stage(Estimate(None, notes=(note,)), ())
+    return _Stage(roofline(share, links.per_device(target), workload, profile), traffic)
+
+
+def _traffic(
+    own: stages.Stage, share: ir.Model, layout: sharding.Layout, target: Target
+) -> tuple[OpCost, ...] | None:
+    """The collectives of a stage and what it sends to later ones, by kind."""
+    sums: dict[str, tuple[float, float]] = {}
+    asked = collectives(own.model.graph, layout.mesh, layout.specs)
+    travel: list[tuple[links.Kind, float, int]] = [(c.kind, c.size, c.devices) for c in asked]
+    sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
+    travel += [("send", value_bytes(value), 2) for value in sent.values()]
+    for kind, size, devices in travel:
+        seconds = links.seconds(target, kind, size, devices)
+        if seconds is None:
+            return None
+        before = sums.get(kind, (0.0, 0.0))
+        sums[kind] = before[0] + seconds, before[1] + size
+    return tuple(
+        OpCost(kind, kind, seconds, Work(bytes_read=size), "link")
+        for kind, (seconds, size) in sums.items()
+    )
+
+
+def _together(timed: list[_Stage], target: Target, profile: Profile, count: int) -> Estimate:
+    """The estimate of all stages: one after the other, all devices drawing power and money."""
+    seconds = sum(part.seconds for part in timed)
+    link = sum(part.link for part in timed)
+    lo, hi = interval(seconds, profile.spread)
+    worst = max(timed, key=lambda part: part.estimate.bytes_peak or 0.0).estimate
+    parts = links.devices_of(target) // target.chips
+    peak = (worst.bytes_peak or 0.0) * parts
+    most = worst.intervals["bytes_peak"][1] * parts
+    # Of all devices, those of one stage work at a time.
+    busy = sum(op.seconds for part in timed for op in part.estimate.by_op) / seconds / count
+    joules, joules_interval, note = energy(target, seconds, lo, hi, min(busy, 1.0))
+    dollars = price(target, seconds)
+    intervals: dict[str, tuple[float, float]] = {"bytes_peak": (peak, most)}
+    if joules_interval is not None:
+        intervals["joules"] = joules_interval
+    if dollars is not None:
+        intervals["dollars"] = (dollars * lo / seconds, dollars * hi / seconds)
+    by_op = tuple(op for part in timed for op in (*part.estimate.by_op, *part.traffic))
+    notes = [n for part in timed for n in part.estimate.notes if not n.startswith("no published p")]
+    notes.append(f"{link / seconds:.0%} of the time is collectives")
+    if count > 1:
+        notes.append(f"{count} stages, one after the other; the next call may follow after one")
+    price_note = "" if dollars is not None else f"no published price of {target.name}"
+    return Estimate(
+        seconds,
+        lo,
+        hi,
+        period_s=max(part.seconds for part in timed) if count > 1 else None,
+        bytes_peak=peak,
+        joules=joules,
+        dollars=dollars,
+        bound=_bound(by_op, profile.call_s * count),
+        by_op=by_op,
+        calibration=f"{profile.calibration}; {CALIBRATION}",
+        notes=(*dict.fromkeys(notes), *filter(None, (note, price_note))),
+        intervals=intervals,
+    )
+
+
+def _bound(by_op: tuple[OpCost, ...], calls: float) -> Bound:
+    sums: dict[Bound, float] = {"launch": calls}
+    for op in by_op:
+        sums[op.bound] = sums.get(op.bound, 0.0) + op.seconds
+    return max(sums, key=lambda bound: sums[bound])

@@ -1,0 +1,1 @@
+"""Models that generate token by token: recognized, compiled, verified, and driven."""

@@ -1,0 +1,246 @@
+"""The part of a compile that makes a generator of a decoder, and holds the result to the source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler import model as models
+from trivium.compiler import recipe as recipes
+from trivium.compiler import shapes
+from trivium.compiler.backend import cache_form
+from trivium.compiler.errors import BadInput
+from trivium.compiler.generation.recognize import recognize
+from trivium.compiler.generator import Decoder, Generator, Role
+from trivium.compiler.recipe import Applied, Context, Recipe, Step
+from trivium.compiler.types import TensorInfo, Workload
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.compiler.job import Job
+    from trivium.compiler.prepare import Prepared
+    from trivium.compiler.reference import Reference
+
+CONTEXT = 2048
+"""Tokens in all, where nothing says how many positions a model has."""
+
+PREFILL = 128
+"""New tokens of the prefill program of an engine that needs it fixed."""
+
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_CARRIED = (TOKENIZER, "tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)
+"""Files of a checkpoint folder that an artifact takes along."""
+
+
+def prepare(model: ir.Model, job: Job) -> tuple[Generator | None, Workload, list[Applied]]:
+    """Make a generator of an optimized decoder, in place, if it is one and that is asked for.
+
+    Returns:
+        How to drive it, the workload with the sizes that its programs take, and the pass that gave
+        it caches, if it had none.
+
+    Raises:
+        BadInput: It was asked for and cannot be done, or with a context that is too long.
+    """
+    asked, form, folder = job.generating, cache_form(job.backend), job.source.suffix != ".onnx"
+    if asked.wanted is False or (form is None and not asked.wanted):
+        return None, job.workload, []
+    if form is None:
+        raise BadInput(
+            f"{job.backend.name} cannot drive generators",
+            about="--generator",
+            remedy="leave it out",
+        )
+    applied: list[Applied] = []
+    found = recognize(model)
+    if found is None and (asked.wanted or folder):
+        applied = [_insert_cache(model, form)]
+        found = recognize(model) if applied[0].modified else None
+    if found is not None and form == "static" and found.form != form:
+        found = None
+    if found is None:
+        if asked.wanted:
+            reasons = "; ".join(reason for row in applied for reason in row.declined)
+            raise BadInput(
+                f"no cache can be given to it: {reasons or 'it has no attention'}",
+                about=job.source.name,
+            )
+        return None, job.workload, applied
+    found = _with_facts(found, job.source, asked.context)
+    generator, workload = _sized(found, model, job)
+    if generator.form == "static":
+        shapes.bind(model, workload)
+    return generator, workload, applied
+
+
+def _insert_cache(model: ir.Model, form: str) -> Applied:
+    options = {"form": form, "outputs": "chosen"}
+    step = Recipe("generator", (Step("insert-kv-cache", options),))
+    (row,) = recipes.run(step, model, Context())
+    return row
+
+
+def _with_facts(found: Generator, source: Path, context: int | None) -> Generator:
+    """Add what the checkpoint folder says of a decoder."""
+    options = _read(source / "config.json") | _read(source / "generation_config.json")
+    known = _whole(options, "max_position_embeddings", "n_positions") or found.context
+    if context is not None and known and context > known:
+        raise BadInput(
+            f"the model has {known} positions", about=f"--context {context}", remedy="ask for fewer"
+        )
+    eos = options.get("eos_token_id")
+    return replace(
+        found,
+        context=context or known or CONTEXT,
+        eos=tuple(e for e in (eos if isinstance(eos, list) else [eos]) if type(e) is int),
+        bos=_whole(options, "bos_token_id"),
+        tokenizer=TOKENIZER if (source / TOKENIZER).is_file() else None,
+        chat_template=CHAT_TEMPLATE if _template(source) is not None else None,
+    )
+
+
+def _sized(found: Generator, model: ir.Model, job: Job) -> tuple[Generator, Workload]:
+    """Bind the dimensions of a generator: for static buffers all of them, with a program for each
+    number of new tokens; for others those that a prediction of one step asks for."""
+    infos = {info.name: info for info in models.signature(model)[0]}
+    sizes: dict[int | str, int] = {}
+    for name in filter(None, (found.chosen, found.start)):
+        sizes[infos[name].shape[0]] = 1
+    new = infos[found.tokens].shape[1]
+    sizes[new] = 1
+    for cache in found.caches:
+        sizes[cache.shape[cache.length_axis]] = found.context
+    if found.mask is not None:
+        sizes.setdefault(infos[found.mask].shape[-1], found.context + (found.form == "growing"))
+    bound = {dim: size for dim, size in sizes.items() if isinstance(dim, str)}
+    workload = replace(job.workload, dims={**bound, **job.workload.dims})
+    if found.form != "static" or not isinstance(new, str):
+        return found, workload
+    batch = infos[found.tokens].shape[0]
+    rows = batch if isinstance(batch, int) else workload.dims.get(batch, 1)
+    longest = next((size for size in job.generating.prefill if size > found.context), None)
+    if longest is not None:
+        raise BadInput(
+            f"the context is {found.context} tokens",
+            about=f"--prefill {longest}",
+            remedy="give sizes up to that, or a larger --context",
+        )
+    takes = sorted({1, *(job.generating.prefill or (min(PREFILL, found.context),))})
+    names = {size: "decode" if size == 1 else f"prefill{size}" for size in takes}
+    dims = {str(batch): rows, **workload.dims}
+    dims.pop(new)
+    return (
+        replace(found, rows=rows, programs=tuple(Role(names[size], size) for size in takes)),
+        replace(workload, dims=dims, buckets={**workload.buckets, new: tuple(takes)}),
+    )
+
+
+def one_step(prepared: Prepared, generator: Generator) -> Prepared:
+    """The model as it decodes one token of a full context, for the cost model."""
+    model = prepared.model.clone()
+    tokens = next(info for info in prepared.inputs if info.name == generator.tokens)
+    batch, new = tokens.shape
+    dims = {str(batch): 1, **prepared.workload.dims, str(new): 1}
+    workload = replace(prepared.workload, dims=dims, buckets={})
+    shapes.bind(model, workload)
+    return replace(prepared, model=model, workload=workload)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The options of a JSON file; none where there is no such file or it is damaged."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in table.items() if v is not None} if isinstance(table, dict) else {}
+
+
+def _whole(options: Mapping[str, Any], *names: str) -> int | None:
+    found = (options.get(name) for name in names)
+    return next((value for value in found if type(value) is int and value >= 0), None)
+
+
+def _template(source: Path) -> str | None:
+    """The chat template of a checkpoint folder: its own file, or the tokenizer's."""
+    try:
+        return (source / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    except OSError:
+        template = _read(source / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy what turns text into tokens and back from a checkpoint folder into an artifact."""
+    for name in _CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    template = _template(source)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def is_driven(generator: Generator | None, inputs: Iterable[TensorInfo]) -> bool:
+    """Whether an artifact was given caches that its source has not: it is then run by its decoder,
+    on the source's inputs."""
+    names = {info.name for info in inputs}
+    return generator is not None and not any(cache.past in names for cache in generator.caches)
+
+
+def rows_of(generator: Generator, feed: Mapping[str, Any]) -> list[list[int]]:
+    """The token ids of each row of a feed of the source model, padding left out."""
+    import numpy as np
+
+    ids = np.asarray(feed[generator.tokens])
+    mask = feed.get(generator.mask or "")
+    kept = np.ones_like(ids) if mask is None else np.asarray(mask)
+    return [[int(t) for t in row[keep != 0]] for row, keep in zip(ids, kept, strict=True)]
+
+
+def expected_logits(
+    generator: Generator, feed: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The source's logits at the tokens that are no padding, row after row."""
+    import numpy as np
+
+    logits = np.asarray(outputs[generator.logits], np.float32)
+    mask = feed.get(generator.mask or "")
+    kept = np.ones(logits.shape[:2]) if mask is None else np.asarray(mask)
+    return {generator.logits: logits[kept != 0]}
+
+
+def logits_of(
+    generator: Generator, feeds: Sequence[Mapping[str, Any]], *references: Reference
+) -> list[Reference]:
+    """What `driven_logits` is to give: the reference runs' logits where there is no padding."""
+    made: dict[int, Reference] = {}
+    for one in references:
+        outputs = tuple(
+            expected_logits(generator, feed, output)
+            for feed, output in zip(feeds, one.outputs, strict=True)
+        )
+        made.setdefault(id(one), replace(one, outputs=outputs))
+    return [made[id(one)] for one in references]
+
+
+def driven_logits(decoder: Decoder[Any], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The logits at every token: the first half of each row by prefill, then token by token."""
+    import numpy as np
+
+    generator = decoder.generator
+    found = []
+    for row in rows:
+        cache = decoder.start(rows=generator.rows or 1, capacity=len(row))
+        half = max(1, len(row) // 2)
+        pieces = [row[:half], *([token] for token in row[half:])]
+        for piece in pieces:
+            fed = [piece] * (generator.rows or 1)
+            found.append(decoder.feed(cache, fed, keep=len(piece))[0])
+    return {generator.logits: np.concatenate(found)}

@@ -1,0 +1,293 @@
+"""Caches whose rows share their slots, and the decoder that keeps the books for them.
+
+Engines whose graph appends to all rows at once (the growing form, and static buffers with one
+place to write from) know only a mask for what differs between rows. So every row lies at the
+right: row b of length n holds the last n of the slots that are filled, and what is left of them is
+masked. The distance between two tokens is then the distance between their slots, which windows of
+attention count. Where rows are fed different numbers of tokens they are moved back to the right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trivium.compiler.errors import BackendFailed, BadInput
+from trivium.compiler.generator import Generator
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class SlotCache:
+    """Rows that share slots.
+
+    Attributes:
+        lengths: Of each row; the longest fills all slots that are in use.
+        capacity: How many slots there may be.
+        buffers: One for each of the generator's caches, as the engine holds them.
+    """
+
+    lengths: list[int]
+    capacity: int
+    buffers: list[Any]
+
+    @property
+    def filled(self) -> int:
+        return max(self.lengths, default=0)
+
+
+class SlotDecoder(ABC):
+    """A decoder over `SlotCache`; an engine says how its graph is called and its buffers moved.
+
+    Attributes:
+        generator: What the graph is.
+        sizes: How many new tokens its programs take, ascending; empty where any number will do.
+    """
+
+    where: str
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.sizes = sorted({r.tokens for r in generator.programs if r.tokens is not None})
+
+    # What an engine provides.
+
+    @abstractmethod
+    def _empty(self, rows: int, capacity: int) -> list[Any]:
+        """Return fresh buffers."""
+
+    @abstractmethod
+    def _call(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
+        """Run the graph on the small inputs and the buffers; return logits and new buffers."""
+
+    @abstractmethod
+    def _arrange(
+        self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[int, int]], slots: Array
+    ) -> list[Any]:
+        """Return new buffers: row r is row ``places[r][1]`` of cache ``places[r][0]``, its slot j
+        what was in slot ``slots[r, j]``; the content of slots that are -1 does not matter."""
+
+    def _capacity(self, wanted: int) -> int:
+        """How many tokens a row has room for when so many are asked for."""
+        return wanted
+
+    # The protocol of `trivium.compiler.generator.Decoder`.
+
+    def start(self, rows: int = 1, capacity: int | None = None) -> SlotCache:
+        limit = self.generator.context
+        capacity = self._capacity(limit if capacity is None else min(capacity, limit))
+        fixed = self.generator.rows
+        if fixed is not None and rows != fixed:
+            raise BadInput(
+                f"{rows} rows, and the programs take {fixed}",
+                about="generate",
+                remedy=f"compile it again with --shape batch={rows}",
+            )
+        require_memory(self.generator, rows, capacity)
+        return SlotCache([0] * rows, capacity, self._empty(rows, capacity))
+
+    def feed(self, cache: SlotCache, tokens: Sequence[Sequence[int]], keep: int = 1) -> Array:
+        import numpy as np
+
+        counts = [len(row) for row in tokens]
+        if len(counts) != len(cache.lengths):
+            raise BadInput(f"tokens for {len(counts)} rows of {len(cache.lengths)}", about="feed")
+        longest = max(have + new for have, new in zip(cache.lengths, counts, strict=True))
+        if longest > cache.capacity:
+            raise BadInput(
+                f"{longest} tokens, and there is room for {cache.capacity}",
+                about="feed",
+                remedy="give a shorter prompt, or compile with a larger --context",
+            )
+        # Rows end in one column where they can; but one that goes on from its cache must do so
+        # without a gap, which windows of attention would count.
+        old, total = cache.lengths, max(counts, default=0)
+        logits = np.zeros((len(counts), keep, self.generator.vocabulary or 1), np.float32)
+        if not total:
+            return logits
+        right = all(new == total or have == 0 for have, new in zip(old, counts, strict=True))
+        ends = [total if right else count for count in counts]
+        ids = np.zeros((len(counts), total), np.int64)
+        for row, (new, end) in enumerate(zip(tokens, ends, strict=True)):
+            ids[row, end - len(new) : end] = new
+        for first, last in self._pieces(total, keep if right else total, cache):
+            rows = list(zip(counts, ends, strict=True))
+            spans = [_within(end - new, end, first, last) for new, end in rows]
+            wanted = [_within(end - min(keep, new), end, first, last) for new, end in rows]
+            columns = range(min(lo for lo, _ in wanted), max(hi for _, hi in wanted))
+            found = self._piece(cache, ids[:, first:last], spans, columns)
+            if found.shape[-1] != logits.shape[-1]:  # hidden states, not logits
+                logits = np.zeros((*logits.shape[:2], found.shape[-1]), np.float32)
+            for row, (lo, hi) in enumerate(wanted):
+                place, skip = keep - (ends[row] - first) + lo, columns.start
+                logits[row, place : place + hi - lo] = found[row, lo - skip : hi - skip]
+        return logits
+
+    def _pieces(self, total: int, keep: int, cache: SlotCache) -> list[tuple[int, int]]:
+        """Cut the new tokens into what the programs can take at once.
+
+        A program with fixed sizes, or one that gives the last position only, has the logits of one
+        token; so the last ``keep`` tokens go one by one.
+        """
+        one_logit = bool(self.sizes) or (
+            self.generator.chosen is None and self.generator.kept == "last"
+        )
+        head = max(total - keep + 1, 1) if one_logit else total
+        pieces, first = [], 0
+        while first < head:
+            # Padding goes to the right of the new tokens, and needs room in the buffers.
+            room = cache.capacity - cache.filled - first
+            last = min(head, first + self._size(head - first, room))
+            pieces.append((first, last))
+            first = last
+        return pieces + [(column, column + 1) for column in range(head, total)]
+
+    def _size(self, tokens: int, room: int) -> int:
+        """How many tokens the program takes that fits some best."""
+        if not self.sizes:
+            return tokens
+        fitting = [size for size in self.sizes if size <= room] or self.sizes[:1]
+        return next((size for size in fitting if size >= tokens), fitting[-1])
+
+    def _piece(
+        self,
+        cache: SlotCache,
+        ids: Array,
+        spans: Sequence[tuple[int, int]],
+        columns: range,
+    ) -> Array:
+        """Feed one piece, of whose columns each row has those in its span; return the logits of
+        some columns."""
+        import numpy as np
+
+        generator, filled = self.generator, cache.filled
+        rows, size = ids.shape
+        padded = self._size(size, cache.capacity - filled)
+        old = np.array(cache.lengths)
+        first, last = (np.array(edges)[:, None] + filled for edges in zip(*spans, strict=True))
+        slots = np.arange(filled + padded)
+        kept = (slots >= filled - old[:, None]) & (slots < filled)
+        kept |= (slots >= first) & (slots < last)
+        if generator.mask is None and not kept[:, : filled + size].all():
+            raise BadInput(
+                "the rows differ in length, and the model has no mask to tell it",
+                about="feed",
+                remedy="generate one sequence at a time",
+            )
+        feeds: dict[str, Array] = {generator.tokens: np.pad(ids, ((0, 0), (0, padded - size)))}
+        if generator.mask is not None:
+            whole = cache.capacity if generator.form == "static" else filled + padded
+            mask = np.zeros((rows, whole), np.int64)
+            mask[:, : filled + padded] = kept
+            feeds[generator.mask] = mask
+        if generator.positions is not None:
+            ahead = np.cumsum(kept[:, filled:], axis=1) - 1
+            feeds[generator.positions] = np.maximum(old[:, None] + ahead, 0)
+        if generator.start is not None:
+            feeds[generator.start] = np.array([filled])
+        # What no row wants is asked for all the same where a program has a fixed place for it.
+        wanted = columns or range(size - 1, size)
+        if generator.chosen is not None:
+            feeds[generator.chosen] = np.arange(wanted.start, wanted.stop)
+        logits, cache.buffers = self._call(feeds, cache.buffers)
+        self._settle(cache, spans, size)
+        if generator.chosen is None and generator.kept == "all":
+            logits = logits[:, wanted.start : wanted.stop]
+        return logits.astype(np.float32, copy=False)
+
+    def _settle(self, cache: SlotCache, spans: Sequence[tuple[int, int]], size: int) -> None:
+        """Count what was fed, and move rows that do not end with the last column to the right."""
+        import numpy as np
+
+        filled, old = cache.filled, cache.lengths
+        cache.lengths = [have + hi - lo for have, (lo, hi) in zip(old, spans, strict=True)]
+        rows = zip(cache.lengths, spans, strict=True)
+        if all(lo < hi == size for have, (lo, hi) in rows if have):
+            return
+        slots = np.full((len(old), cache.filled), -1)
+        for row, (have, (lo, hi)) in enumerate(zip(old, spans, strict=True)):
+            own = [*range(filled - have, filled), *range(filled + lo, filled + hi)]
+            slots[row, cache.filled - len(own) :] = own
+        cache.buffers = self._arrange([cache.buffers], [(0, row) for row in range(len(old))], slots)
+
+    def truncate(self, cache: SlotCache, lengths: Sequence[int]) -> None:
+        if list(lengths) == cache.lengths:
+            return
+        cut = {have - length for have, length in zip(cache.lengths, lengths, strict=True)}
+        if len(cut) == 1 and self.generator.form == "static":
+            # What is beyond the filled slots is written over.
+            cache.lengths = list(lengths)
+            return
+        places = [(0, row, length) for row, length in enumerate(lengths)]
+        kept = self._combine([cache], places, cache.capacity)
+        cache.lengths, cache.buffers = kept.lengths, kept.buffers
+
+    def select(self, cache: SlotCache, rows: Sequence[int]) -> SlotCache:
+        places = [(0, row, cache.lengths[row]) for row in rows]
+        return self._combine([cache], places, cache.capacity)
+
+    def join(self, caches: Sequence[SlotCache]) -> SlotCache:
+        places = [
+            (index, row, length)
+            for index, cache in enumerate(caches)
+            for row, length in enumerate(cache.lengths)
+        ]
+        return self._combine(caches, places, max(cache.capacity for cache in caches))
+
+    def copy(self, cache: SlotCache, row: int, length: int) -> SlotCache:
+        return self._combine([cache], [(0, row, length)], cache.capacity)
+
+    def _combine(
+        self, caches: Sequence[SlotCache], places: Sequence[tuple[int, int, int]], capacity: int
+    ) -> SlotCache:
+        """A cache of rows of others: (cache, row, how many of its tokens)."""
+        import numpy as np
+
+        lengths = [length for _, _, length in places]
+        slots = np.full((len(places), max(lengths, default=0)), -1)
+        for row, (index, source, length) in enumerate(places):
+            first = caches[index].filled - caches[index].lengths[source]
+            slots[row, slots.shape[1] - length :] = np.arange(first, first + length)
+        rows = [(index, source) for index, source, _ in places]
+        return SlotCache(lengths, capacity, self._arrange([c.buffers for c in caches], rows, slots))
+
+
+def _within(lo: int, hi: int, first: int, last: int) -> tuple[int, int]:
+    """The part of a range of columns in a piece, counted from where that begins; an empty one at
+    its end."""
+    lo, hi = max(lo, first), min(hi, last)
+    return (lo - first, hi - first) if lo < hi else (last - first, last - first)
+
+
+def require_memory(generator: Generator, rows: int, capacity: int) -> None:
+    """Refuse a cache that the machine's free memory would not hold, before it is allocated.
+
+    Raises:
+        BackendFailed: With the figures.
+    """
+    needed = rows * capacity * generator.bytes_per_token
+    free = free_memory()
+    if free is None or needed <= free:
+        return
+    raise BackendFailed(
+        f"a cache of {rows} x {capacity} tokens needs {needed / 2**30:.2f} GiB, and "
+        f"{free / 2**30:.2f} GiB of memory is free",
+        about="generate",
+        remedy="ask for fewer sequences at once, or a smaller context",
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes that the machine can still give, or None where it does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            line = next(line for line in stream if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return None

@@ -1,0 +1,175 @@
+"""What a model that generates token by token is: how its caches and inputs are called, how long
+a sequence may be, and what a loaded one can do.
+
+A decoder becomes a *generator* when its attention has caches: the same graph then serves prefill
+(many new tokens) and decode (one). `Generator` is derived from that graph
+(`trivium.compiler.generation.recognize`) and kept in the manifest; `Decoder` is what a loop drives,
+whatever the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Form = Literal["growing", "static", "shared"]
+"""How caches are kept: ``growing`` by concatenation; ``static``, buffers that are given and come
+back, written from one place on; ``shared``, buffers that the engine writes in place."""
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """One cache: an input that holds what was seen and the output that holds the new tokens too.
+
+    Attributes:
+        shape: Of the input; a symbolic dimension is its name.
+        batch_axis, length_axis: Which axes are the rows and the slots for tokens.
+    """
+
+    past: str
+    present: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    batch_axis: int = 0
+    length_axis: int = 2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token of one row takes."""
+        from trivium.compiler.samples import numpy_dtype
+
+        own = (self.batch_axis, self.length_axis)
+        sizes = [d for axis, d in enumerate(self.shape) if axis not in own and isinstance(d, int)]
+        return math.prod(sizes) * int(numpy_dtype(self.dtype).itemsize)
+
+    def sized(self, rows: int, capacity: int) -> tuple[int, ...]:
+        """The shape of a buffer."""
+        sizes = {self.batch_axis: rows, self.length_axis: capacity}
+        return tuple(sizes[a] if a in sizes else int(d) for a, d in enumerate(self.shape))
+
+
+@dataclass(frozen=True)
+class Role:
+    """A program of a generator: how many new tokens it takes (None: any number)."""
+
+    program: str
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """How to drive a decoder that has caches.
+
+    Attributes:
+        tokens: The input of new token ids, [rows, new].
+        mask: The input that is 1 for slots that count, over cache and new tokens; if it has one.
+        positions: The input of the new tokens' places in their sequences; if it has one.
+        start: The input that says where in static buffers the new tokens go.
+        chosen: The input of the positions among the new ones whose logits are wanted; without
+            one, there are logits for ``kept`` of them.
+        kept: ``all`` or ``last``: of which new positions there are logits where nothing chooses.
+        logits: The output, [rows, chosen, vocabulary].
+        context: How many tokens a row may have in all.
+        rows: How many sequences are decoded at once, where the programs fix it.
+        eos: Tokens that end a text.
+        tokenizer, chat_template: Files of the artifact, where it has them.
+        programs: From many new tokens to one; a single entry of None serves all.
+    """
+
+    form: Form
+    tokens: str
+    logits: str
+    vocabulary: int
+    caches: tuple[CacheInfo, ...]
+    context: int
+    mask: str | None = None
+    positions: str | None = None
+    start: str | None = None
+    chosen: str | None = None
+    kept: Literal["all", "last"] = "all"
+    rows: int | None = None
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    programs: tuple[Role, ...] = (Role("main"),)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What the caches of one token of one row take."""
+        return sum(cache.bytes_per_token for cache in self.caches)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Generator:
+        lists = {
+            "caches": tuple(
+                CacheInfo(**{**cache, "shape": tuple(cache["shape"])}) for cache in table["caches"]
+            ),
+            "programs": tuple(Role(**role) for role in table["programs"]),
+            "eos": tuple(table["eos"]),
+        }
+        return cls(**{**table, **lists})
+
+
+class Cache(Protocol):
+    """The state of some sequences (rows), each with its own length; opaque otherwise."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row holds."""
+        ...
+
+
+C = TypeVar("C", bound=Cache)
+
+
+class Decoder(Protocol[C]):
+    """A generator that is loaded: what a generation loop drives."""
+
+    generator: Generator
+    where: str
+
+    def start(self, rows: int = 1, capacity: int | None = None) -> C:
+        """Return an empty cache for up to ``capacity`` tokens a row (by default the context).
+
+        Raises:
+            BackendFailed: It would not fit into the memory; nothing was allocated.
+        """
+        ...
+
+    def feed(
+        self, cache: C, tokens: Sequence[Sequence[int]], keep: int = 1
+    ) -> np.ndarray[Any, Any]:
+        """Append tokens to each row; return float32 logits [rows, keep, vocabulary].
+
+        They are those after the last ``keep`` tokens of each row; where a row was given fewer,
+        what stands before them means nothing.
+
+        Raises:
+            BadInput: A row would be longer than the context.
+        """
+        ...
+
+    def truncate(self, cache: C, lengths: Sequence[int]) -> None:
+        """Forget the last tokens of rows, so that these lengths are left."""
+        ...
+
+    def select(self, cache: C, rows: Sequence[int]) -> C:
+        """Return a cache of some rows, in this order; the old one must not be used again."""
+        ...
+
+    def join(self, caches: Sequence[C]) -> C:
+        """Return one cache with the rows of all; the old ones must not be used again."""
+        ...
+
+    def copy(self, cache: C, row: int, length: int) -> C:
+        """Return a cache of its own that holds the first tokens of a row."""
+        ...
