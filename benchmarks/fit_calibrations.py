@@ -82,14 +82,21 @@ JOBS: Mapping[str, Job] = {
 }
 
 PRIORS: Mapping[str, Mapping[str, Calibration]] = {
-    "tpu": {
-        "collective_torus": Calibration(
-            {"quick_base_s": 2e-6, "quick_hop_s": 1e-6, "bulk_efficiency": 0.85},
-            0.5,
-            "a prior: one microsecond a hop, 85% of the links' rate; nothing was measured on a TPU",
+    "gpu": {
+        "engine_xla": Calibration(
+            {"first_s": 5e-5, "pace": 1.15},
+            0.4,
+            "a prior: nothing of XLA was measured on a GPU",
             "2026-11-23",
             0,
-        )
+        ),
+        "engine_tvm": Calibration(
+            {"first_s": 5e-5, "pace": 2.0},
+            0.9,
+            "a prior for untuned schedules: nothing of TVM was measured on a GPU",
+            "2026-11-23",
+            0,
+        ),
     }
 }
 """What no published measurement was found for; the wide spread says so."""

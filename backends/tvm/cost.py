@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trivium.compiler.cost import Profile, roofline
 from trivium.compiler.types import Estimate, Family, Target, Workload
+from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
@@ -28,19 +29,27 @@ PROFILES: dict[Family, Profile] = {
         cache_speedup=7.17,  # as ONNX Runtime's on a Xeon
         arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
     ),
-    "gpu": Profile(
-        compute_efficiency=0.3,
-        memory_efficiency=0.7,
-        spread=1.0,
-        calibration=_CALIBRATION,
-        launch_s=2.2e-6,
-        call_s=3.24e-4,  # as TensorRT's on an A100
-        # Without tensor-core schedules everything runs in float32.
-        arithmetic=dict.fromkeys(("float32", "float16", "bfloat16", "int8", "int4"), ("float32",)),
-    ),
 }
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    return roofline(model, with_bandwidth(target), workload, PROFILES[target.family])
+    return roofline(model, with_bandwidth(target), workload, profile_for(target))
+
+
+def profile_for(target: Target) -> Profile:
+    """How TVM's kernels run on a target."""
+    if target.family != "gpu":
+        return PROFILES[target.family]
+    engine = calibrations.find(target, "engine_tvm")
+    machine = calibrations.gpu_machine(target, pace=engine["pace"])
+    spread, basis = calibrations.combined(engine, machine.calibrations)
+    # Without tensor-core schedules everything runs in float32.
+    narrow = ("float32", "float16", "bfloat16", "int8", "int4")
+    return Profile(
+        spread=spread,
+        calibration=basis,
+        call_s=engine["first_s"],
+        arithmetic=dict.fromkeys(narrow, ("float32",)),
+        machine=machine,
+    )

@@ -1,8 +1,9 @@
 """What a call costs when XLA compiled it.
 
-Calibrations, by family (``benchmarks/fit_profiles.py`` prints the GPU figures):
+Calibrations, by family:
 
-- GPU: efficiencies from published bf16 GEMMs on A100, H100 and L40S; a family prior for others.
+- GPU: the kernel formulas of `trivium.compiler.machines`, fitted to the kernels of other libraries
+  (``benchmarks/fit_calibrations.py``); what XLA adds is a prior.
 - TPU: compute from MaxText's published training utilization (v4 and v5e, 50 to 67%), memory from
   tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). An inference call of XLA's own was not measured.
 - CPU: ONNX Runtime's figures on one machine times the 1.03 to 1.31 by which XLA was slower on
@@ -20,6 +21,7 @@ from trivium.compiler import links
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Family, Target, Workload
+from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
@@ -40,24 +42,9 @@ BF16_PASSES = 6.0
 """Passes of the TPU's bfloat16 units that make one float32 product at jax's precision "highest",
 which the backend compiles with so that the device computes what was verified."""
 
-CALL_S = 3.24e-4
-"""One call and its transfers: TensorRT's fitted figure on an A100, for want of one of XLA's own."""
-
-CALL_NOTE = "call overhead of 0.32 ms is TensorRT's on an A100; XLA's own was not measured"
+CALL_NOTE = "the 0.1 ms that a call costs besides its kernels are a prior, not measured"
 
 PROFILES: dict[Family, Profile] = {
-    "gpu": Profile(
-        compute_efficiency=0.688,
-        memory_efficiency=0.752,
-        spread=0.5,
-        calibration="published bf16 GEMMs on A100, H100, L40S (leave-one-out spread 0.31); "
-        "widened, since XLA's own kernels were not measured",
-        launch_s=2.2e-6,
-        call_s=CALL_S,
-        fused=melts,
-        arithmetic=dict.fromkeys(DEQUANTIZED, ("float32",)),
-        notes=(CALL_NOTE,),
-    ),
     "tpu": Profile(
         compute_efficiency=0.57,
         memory_efficiency=0.83,
@@ -65,7 +52,7 @@ PROFILES: dict[Family, Profile] = {
         calibration="MaxText training utilization (v4, v5e) and an HBM copy on v6e; "
         "no measured inference on a TPU",
         launch_s=0.0,
-        call_s=CALL_S,
+        call_s=1e-4,
         fused=melts,
         arithmetic=dict.fromkeys(DEQUANTIZED, ("bfloat16",)),
         slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
@@ -86,9 +73,26 @@ PROFILES: dict[Family, Profile] = {
 }
 
 
+def profile_for(target: Target) -> Profile:
+    """How XLA runs kernels on a target."""
+    if target.family != "gpu":
+        return PROFILES[target.family]
+    engine = calibrations.find(target, "engine_xla")
+    machine = calibrations.gpu_machine(target, pace=engine["pace"])
+    spread, basis = calibrations.combined(engine, machine.calibrations)
+    return Profile(
+        spread=spread,
+        calibration=basis,
+        call_s=engine["first_s"],
+        fused=melts,
+        arithmetic=dict.fromkeys(DEQUANTIZED, ("float32",)),
+        machine=machine,
+    )
+
+
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    profile, devices = PROFILES[target.family], links.devices_of(target)
+    profile, devices = profile_for(target), links.devices_of(target)
     if devices > 1 and any(one.num_devices == devices for one in model.device_configurations):
         return spread_cost.estimate(model, target, workload, profile)
     if devices > 1:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 from trivium.backends.xla import sharding
 from trivium.compiler import links
-from trivium.compiler.cost import Profile, energy, interval, price, roofline
+from trivium.compiler.calibration import interval
+from trivium.compiler.cost import Profile, energy, price, roofline
 from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.machines import collectives as gpu_collectives
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Work, Workload
 from trivium.compiler.work import value_bytes
 from trivium.passes.sharding import stages
 from trivium.passes.sharding.share import collectives, local
+from trivium.targets import calibrations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,7 +89,7 @@ def _traffic(
     sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
     travel += [("send", value_bytes(value), 2) for value in sent.values()]
     for kind, size, devices in travel:
-        seconds = links.seconds(target, kind, size, devices)
+        seconds = _seconds(target, kind, size, devices)
         if seconds is None:
             return None
         before = sums.get(kind, (0.0, 0.0))
@@ -95,6 +98,16 @@ def _traffic(
         OpCost(kind, kind, seconds, Work(bytes_read=size), "link")
         for kind, (seconds, size) in sums.items()
     )
+
+
+def _seconds(target: Target, kind: links.Kind, size: float, devices: int) -> float | None:
+    """GPUs by what NCCL was measured to take, a torus by its links."""
+    if target.family != "gpu" or kind == "send":
+        return links.seconds(target, kind, size, devices)
+    calibration = calibrations.find(target, gpu_collectives.table(target))
+    operation: gpu_collectives.Collective = "all_reduce" if kind == "all-reduce" else "all_gather"
+    found = gpu_collectives.predict(operation, size, devices, target, calibration)
+    return None if found is None else found.seconds
 
 
 def _together(timed: list[_Stage], target: Target, profile: Profile, count: int) -> Estimate:

@@ -198,7 +198,7 @@ class _Batch:
                 n,
                 k,
                 chip,
-                self.machine.calibrations[table],
+                self.machine.calibrations[table].coefficients,
                 batch=batch,
                 width=width,
                 weight_width=np.minimum(stored, width),
