@@ -6,8 +6,7 @@ Calibrations, by family:
   (``benchmarks/fit_calibrations.py``); what XLA adds is a prior.
 - TPU: compute from MaxText's published training utilization (v4 and v5e, 50 to 67%), memory from
   tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). An inference call of XLA's own was not measured.
-- CPU: ONNX Runtime's figures on one machine times the 1.03 to 1.31 by which XLA was slower on
-  MiniLM there.
+- CPU: `trivium.compiler.machines.cpu`, as ``trivium calibrate cpu`` fits it.
 """
 
 from __future__ import annotations
@@ -58,23 +57,22 @@ PROFILES: dict[Family, Profile] = {
         slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
         notes=(CALL_NOTE, "float32 products take six bfloat16 passes"),
     ),
-    "cpu": Profile(
-        compute_efficiency=0.824 / 1.15,
-        memory_efficiency=0.9,
-        spread=0.7,
-        calibration="ONNX Runtime's fit on one Xeon core, times 1.15 as XLA was 1.03 to 1.31 times "
-        "slower on MiniLM there; widened",
-        launch_s=3.9e-8,
-        call_s=2e-5,
-        cache_speedup=7.17,
-        fused=melts,
-        arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
-    ),
 }
 
 
 def profile_for(target: Target) -> Profile:
     """How XLA runs kernels on a target."""
+    if target.family == "cpu":
+        on_cpu = calibrations.cpu_machine(target, "xla")
+        calibration = on_cpu.calibration
+        return Profile(
+            spread=calibration.spread,
+            calibration=calibration.basis,
+            call_s=calibration["call_s"],
+            fused=melts,
+            arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
+            machine=on_cpu,
+        )
     if target.family != "gpu":
         return PROFILES[target.family]
     engine = calibrations.find(target, "engine_xla")
