@@ -4,8 +4,9 @@ Calibrations, by family:
 
 - GPU: the kernel formulas of `trivium.compiler.machines`, fitted to the kernels of other libraries
   (``benchmarks/fit_calibrations.py``); what XLA adds is a prior.
-- TPU: compute from MaxText's published training utilization (v4 and v5e, 50 to 67%), memory from
-  tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). An inference call of XLA's own was not measured.
+- TPU: `trivium.compiler.machines.tpu`, compute from MaxText's published training utilization,
+  memory from tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). No inference of XLA's was measured
+  on a TPU.
 - CPU: `trivium.compiler.machines.cpu`, as ``trivium calibrate cpu`` fits it.
 """
 
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING
 from trivium.backends.xla import spread_cost
 from trivium.compiler import links
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
+from trivium.compiler.machines.tpu import TpuMachine
 from trivium.compiler.passing import is_op
-from trivium.compiler.types import Estimate, Family, Target, Workload
+from trivium.compiler.types import Estimate, Target, Workload
 from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
@@ -41,24 +43,6 @@ BF16_PASSES = 6.0
 """Passes of the TPU's bfloat16 units that make one float32 product at jax's precision "highest",
 which the backend compiles with so that the device computes what was verified."""
 
-CALL_NOTE = "the 0.1 ms that a call costs besides its kernels are a prior, not measured"
-
-PROFILES: dict[Family, Profile] = {
-    "tpu": Profile(
-        compute_efficiency=0.57,
-        memory_efficiency=0.83,
-        spread=0.7,
-        calibration="MaxText training utilization (v4, v5e) and an HBM copy on v6e; "
-        "no measured inference on a TPU",
-        launch_s=0.0,
-        call_s=1e-4,
-        fused=melts,
-        arithmetic=dict.fromkeys(DEQUANTIZED, ("bfloat16",)),
-        slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
-        notes=(CALL_NOTE, "float32 products take six bfloat16 passes"),
-    ),
-}
-
 
 def profile_for(target: Target) -> Profile:
     """How XLA runs kernels on a target."""
@@ -73,8 +57,19 @@ def profile_for(target: Target) -> Profile:
             arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
             machine=on_cpu,
         )
-    if target.family != "gpu":
-        return PROFILES[target.family]
+    if target.family == "tpu":
+        product = calibrations.find(target, "product")
+        call = calibrations.find(target, "engine_xla")
+        return Profile(
+            spread=math.hypot(product.spread, call.spread),
+            calibration=f"{product.basis}; {call.basis}",
+            call_s=call["first_s"],
+            fused=melts,
+            arithmetic=dict.fromkeys(DEQUANTIZED, ("bfloat16",)),
+            slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
+            notes=("float32 products take six bfloat16 passes",),
+            machine=TpuMachine(product),
+        )
     engine = calibrations.find(target, "engine_xla")
     machine = calibrations.gpu_machine(target, pace=engine["pace"])
     spread, basis = calibrations.combined(engine, machine.calibrations)

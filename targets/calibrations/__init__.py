@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +18,14 @@ from typing import Any
 
 from trivium.compiler.calibration import Calibration, Scope, folder, from_toml
 from trivium.compiler.errors import BadInput
+from trivium.compiler.machines.cpu import START as CPU_START
 from trivium.compiler.machines.cpu import CpuMachine
 from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
 from trivium.compiler.types import Target
 from trivium.targets.host import with_bandwidth
+
+OTHER_CPU_SPREAD = 0.4
+"""What is added for a CPU on which nobody calibrated: caches, memory and libraries differ."""
 
 _SHIPPED = files("trivium.targets") / "calibrations"
 
@@ -99,8 +104,12 @@ def gpu_machine(target: Target, gap_s: float = 0.0, **paces: float) -> GpuMachin
 
 def cpu_machine(target: Target, engine: str) -> CpuMachine:
     """The formula for a CPU with the coefficients of an engine."""
-    known = with_bandwidth(target)
-    return CpuMachine(find(target, f"engine_{engine}"), known.memory_bytes_per_s)
+    calibration = find(target, f"engine_{engine}")
+    if calibration.scope == "family":
+        calibration = replace(calibration, spread=math.hypot(calibration.spread, OTHER_CPU_SPREAD))
+    whole = {**CPU_START, **calibration.coefficients}
+    calibration = replace(calibration, coefficients=whole)
+    return CpuMachine(calibration, with_bandwidth(target).memory_bytes_per_s)
 
 
 def combined(engine: Calibration, kernels: Mapping[str, Calibration]) -> tuple[float, str]:
