@@ -198,7 +198,7 @@ class _Batch:
                 n,
                 k,
                 chip,
-                self.machine.calibrations[table].coefficients,
+                self._coefficients(table),
                 batch=batch,
                 width=width,
                 weight_width=np.minimum(stored, width),
@@ -206,6 +206,13 @@ class _Batch:
                 left_span=activations,
                 right_span=right,
             )
+
+    def _coefficients(self, table: str) -> Mapping[str, float]:
+        """Those of a table, with the launch of kernels that follow one another in a graph: some
+        tables were measured call by call."""
+        common = self.machine.calibrations["product"]
+        launch = {name: common[name] for name in ("launch_s", "ramp_cycles")}
+        return {**self.machine.calibrations[table].coefficients, **launch}
 
     def _peak(self, key: _Key) -> float:
         return self.target.peak_ops[key[1]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivium.compiler import targets
@@ -69,6 +69,7 @@ def test_a_power_cap_slows_a_card_whose_base_clock_is_low() -> None:
     assert seconds(l4, 4096, 4096, 4096) > 1.4 * seconds(free, 4096, 4096, 4096)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 8192), st.integers(16, 8192), st.integers(16, 8192), st.sampled_from([1.5, 4.0])
 )
