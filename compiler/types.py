@@ -216,7 +216,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a model: a target, a backend, a recipe, and what is to be expected of it."""
+    """One way to run a model: a target, a backend, a recipe, and what is to be expected of it.
+
+    Attributes:
+        batch: Samples in one call, where several batches are compared.
+        quality: The recipe's ``metric``, ``value``, ``drop`` and ``samples``, where it was
+            evaluated, or the ``reason`` why it could not be.
+        verdict: Why it won or lost; ``wins_if`` says what would have to change for a loser to win.
+        pareto: Whether no other candidate is at least as good in every figure.
+    """
 
     target: Target
     backend: str
@@ -225,6 +233,10 @@ class Candidate:
     refusals: tuple[str, ...] = ()
     measured: Mapping[str, Any] | None = None
     verdict: str = ""
+    batch: int = 1
+    quality: Mapping[str, Any] | None = None
+    wins_if: str = ""
+    pareto: bool = False
 
     @property
     def feasible(self) -> bool:
