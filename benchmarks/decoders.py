@@ -232,7 +232,7 @@ def page(rows: Sequence[Sequence[str]]) -> str:
             "Memory is the target compiler's analysis, of one chip (a 7x chip is two devices); "
             "all-reduces are those of its HLO, MB the size of their results on one device. "
             "*predicted ms* is the cost model's latency of one call and *tokens/s* what that "
-            "makes; no TPU was measured, and the interval is wide (a factor of 2.5 either way). "
+            "makes; no TPU was measured, and the interval is wide. "
             "*compile s* is tracing and compiling by the wall clock, on a machine that had other "
             "work; *compiler GB* the most memory that its process held.",
             "",
