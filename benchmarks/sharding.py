@@ -207,6 +207,8 @@ def page(given: argparse.Namespace, rows: Sequence[Sequence[str]]) -> str:
         "collective, and weights that are not smaller. *compile s* is tracing and compiling by "
         "the wall clock, on a machine that had other work.",
         "",
+        "Prefill and decode with caches, for 7B and 70B, are in [decoders.md](decoders.md).",
+        "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(one)} |" for one in rows),

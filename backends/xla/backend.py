@@ -4,7 +4,8 @@ the device, or to this CPU.
 What it must know of a target is listed in `platforms`. Options of a build (``--option``):
 ``partition=batch|replicated`` (how a slice is used; see `partition`), ``precision=highest|high|
 default`` (of float32 products, which a TPU would otherwise round to bfloat16 and a GPU to TF32,
-and no run on a CPU would show it) and ``deadline=SECONDS``.
+and no run on a CPU would show it), ``scan=auto|always|never`` (whether layers that are the same run
+as one loop; see `rolling`) and ``deadline=SECONDS``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import platforms, process, weights
+from trivium.backends.xla import platforms, process, rolling, weights
 from trivium.compiler import links, shapes
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
-_OPTIONS = ("partition", "precision", "deadline")
+_OPTIONS = ("partition", "precision", "scan", "deadline")
 _PRECISIONS = ("highest", "high", "default")
 
 
@@ -96,6 +97,7 @@ class XlaBackend:
             "memory_bytes": target.memory_bytes,
             "partition": request.options.get("partition"),
             "precision": precision,
+            "scan": request.options.get("scan", rolling.CHOICES[0]),
             "verified": bool(request.expected),
             "caches": [cache.past for cache in generator.caches] if generator else [],
         }
@@ -210,6 +212,9 @@ def _check_options(options: Mapping[str, str]) -> float:
         raise BadInput(
             f"{precision!r} is no precision", about="precision", remedy=", ".join(_PRECISIONS)
         )
+    scan = options.get("scan")
+    if scan is not None and scan not in rolling.CHOICES:
+        raise BadInput(f"{scan!r} is no choice", about="scan", remedy=", ".join(rolling.CHOICES))
     given = options.get("deadline")
     try:
         deadline = float(given) if given is not None else process.DEADLINE_S

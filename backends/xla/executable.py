@@ -182,17 +182,27 @@ class XlaExecutable:
         return own
 
     def _place(self, stored: Mapping[str, Any]) -> None:
-        import jax
+        import numpy as np
 
         from trivium.backends.xla.lowering import packing, precise
 
         # The order of axes is the model's doing, and so the same in all programs.
         orders = next(iter(self._details["programs"].values())).get("packed", {})
+        stacks = next(iter(self._details["programs"].values())).get("stacks", {})
+        gone = {name for names in stacks.values() for name in names}
         with precise():
             for name, array in stored.items():
-                where = self._spread.get(name, self._whole)
-                packed = packing.packed(array, orders.get(name))
-                self._weights[name] = jax.device_put(packed, where)
+                if name not in gone:
+                    packed = packing.packed(array, orders.get(name))
+                    self._weights[name] = self._put(name, packed)
+            # One stack at a time: no more than one is twice in this process's memory.
+            for name, names in stacks.items():
+                self._weights[name] = self._put(name, np.stack([stored[one] for one in names]))
+
+    def _put(self, name: str, array: Any) -> Any:
+        import jax
+
+        return jax.device_put(array, self._spread.get(name, self._whole))
 
     @property
     def program_inputs(self) -> Sequence[TensorInfo]:

@@ -117,18 +117,27 @@ def choose(
     )
 
 
-def annotated(layout: Layout, graph: ir.Graph, weights: Mapping[str, ir.Value]) -> Partition:
+def annotated(
+    layout: Layout,
+    graph: ir.Graph,
+    weights: Mapping[str, ir.Value],
+    stacks: Mapping[str, Sequence[str]] | None = None,
+) -> Partition:
     """Return the partition that a model's annotations ask for.
 
     Args:
-        weights: Where in the model each weight is.
+        weights: Where in the model each weight is; of a stack, its first.
+        stacks: Those that are several in one, along a new first axis.
     """
     return Partition(
         "annotated",
         layout.mesh,
         layout.of(graph.inputs),
         layout.of(graph.outputs),
-        {name: layout.specs.get(value, []) for name, value in weights.items()},
+        {
+            name: [*([[]] if name in (stacks or {}) else []), *layout.specs.get(value, [])]
+            for name, value in weights.items()
+        },
         f"spread over {prod(layout.mesh.values())} devices as the model says: {layout.name}",
     )
 

@@ -31,12 +31,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import hlo, partition, pipeline, platforms, riegeli, sharding
+from trivium.backends.xla import hlo, partition, pipeline, platforms, riegeli, rolling, sharding
 from trivium.backends.xla.platforms import Device
 from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
@@ -168,77 +168,119 @@ def build_program(
     """
     import onnx_ir as ir
 
-    from trivium.backends.xla.lowering import lower
-
-    started = time.perf_counter()
     folder = Path(job["folder"])
     model = ir.load(folder / job["model"])
     shapes.bind(model, Workload(dims=dims))
     mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
+    if job["partition"] is None and sharding.stages(model, len(devices)) > 1:
+        return _staged(name, model, mode, job, device, devices)
+    made, rolled = rolling.choose(partial(_attempt, name, model, mode, job, device, devices), job)
+    for file, content in made.files.items():
+        (folder / file).write_bytes(content)
+    text = made.compiled.as_text()
+    (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
+    memory = memory_of(made.compiled)
+    _require_fit(memory, _capacity(job, len(devices)), job["target"])
+    return {
+        **_described(made.lowered, made.outputs, mode),
+        "stacks": dict(made.lowered.stacks),
+        "rolled": rolled,
+        "partition": made.split.to_json(),
+        "simulated": made.shown,
+        "memory": memory,
+        "weights_bytes": sum(tensor.nbytes for tensor in made.lowered.weights.values()),
+        "machine_code": _machine_code(made.compiled, folder / f"{name}.cubin")
+        if device.platform == "cuda"
+        else None,
+        "collectives": hlo.collectives(text),
+        "compiler_flops": _flops(made.compiled, text),
+        "trace_seconds": round(made.trace_seconds, 3),
+        "compile_seconds": round(made.compile_seconds, 3),
+    }
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A program, exported and compiled one way.
+
+    Attributes:
+        files: Its exports, by name.
+        shown: What `simulation` runs of it.
+    """
+
+    lowered: Any
+    outputs: Sequence[TensorInfo]
+    split: partition.Partition
+    shown: Json | None
+    files: Mapping[str, bytes]
+    compiled: Any
+    trace_seconds: float
+    compile_seconds: float
+
+
+def _attempt(
+    name: str,
+    model: ir.Model,
+    mode: Mode,
+    job: Mapping[str, Any],
+    device: Device,
+    devices: list[Any],
+    *,
+    roll: bool,
+) -> Attempt:
+    """Export and compile a program; with ``roll``, layers that are the same as one scan."""
+    from trivium.backends.xla.lowering import lower
+
+    started = time.perf_counter()
     on_cpu = device.platform == "cpu"
     lowered = lower(
         model,
         quantized=mode,
         platform="cpu" if on_cpu else None,
-        pack=on_cpu and device.chips == 1,
+        pack=on_cpu and device.chips == 1 and not roll,
+        roll=roll,
     )
     caches = job["caches"]
     exported = export(lowered, device, job["precision"], caches)
-    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+    files = {f"{name}.stablehlo": bytes(exported.serialize())}
     exported_at = time.perf_counter()
 
     outputs = outputs_of(lowered, exported)
-    wish = job.get("partition")
-    if wish is None and sharding.stages(model, len(devices)) > 1:
-        return {
-            **_described(lowered, outputs, mode),
-            **_staged(name, model, lowered, mode, job, device, devices),
-            "trace_seconds": round(exported_at - started, 3),
-            "compile_seconds": round(time.perf_counter() - exported_at, 3),
-        }
+    wish = job["partition"]
     layout = sharding.read(model, len(devices)) if wish is None else None
     if layout is None:
         split = partition.choose(lowered.inputs, outputs, len(devices), wish)
         split = partition.noting_annotations(split, model)
     else:
-        split = partition.annotated(layout, model.graph, lowered.places)
-    fits = partial(_require_fit, capacity=_capacity(job, len(devices)), target=job["target"])
-    weights_bytes = sum(tensor.nbytes for tensor in lowered.weights.values())
-    fits({"weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items())})
+        split = partition.annotated(layout, model.graph, lowered.places, lowered.stacks)
+    held = {"weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items())}
+    _require_fit(held, _capacity(job, len(devices)), job["target"])
+    spread = partial(lower, model, quantized=mode, roll=roll)
     if layout is not None:
-        constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
+        constrained = spread(shardings=constraints(layout, split))
         exported = export(constrained, device, job["precision"], caches, split)
-        (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
+        files[f"{name}.sharded.stablehlo"] = bytes(exported.serialize())
     shown = None
     if job["verified"] and split.kind not in ("single", "replicated"):
         small = partition.reduced(split)
         shown = simulated(name, split, small, lowered)
         if layout is not None and small != split:
-            again = lower(model, quantized=mode, shardings=constraints(layout, small))
+            again = spread(shardings=constraints(layout, small))
             exported_small = export(again, Device("cpu"), job["precision"], caches, small)
-            (folder / shown["file"]).write_bytes(exported_small.serialize())
+            files[shown["file"]] = bytes(exported_small.serialize())
     exported_again_at = time.perf_counter()
     compiled = compile_export(exported, lowered, split, devices, caches)
-    compiled_at = time.perf_counter()
-
-    text = compiled.as_text()
-    (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
-    memory = memory_of(compiled)
-    fits(memory)
-    return {
-        **_described(lowered, outputs, mode),
-        "partition": split.to_json(),
-        "simulated": shown,
-        "memory": memory,
-        "weights_bytes": weights_bytes,
-        "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
-        if device.platform == "cuda"
-        else None,
-        "collectives": hlo.collectives(text),
-        "compiler_flops": _flops(compiled, text),
-        "trace_seconds": round(exported_at - started, 3),
-        "compile_seconds": round(compiled_at - exported_again_at, 3),
-    }
+    done = time.perf_counter()
+    return Attempt(
+        lowered,
+        outputs,
+        split,
+        shown,
+        files,
+        compiled,
+        exported_at - started,
+        done - exported_again_at,
+    )
 
 
 def _described(lowered: Any, outputs: Sequence[TensorInfo], mode: Mode) -> Json:
@@ -254,38 +296,50 @@ def _described(lowered: Any, outputs: Sequence[TensorInfo], mode: Mode) -> Json:
 def _staged(
     name: str,
     model: ir.Model,
-    lowered: Any,
     mode: Mode,
     job: Mapping[str, Any],
     device: Device,
     devices: list[Any],
 ) -> Json:
     """What there is to say of a program in stages: of each, and of the worst and all of them."""
+    from trivium.backends.xla.lowering import lower
+
+    started = time.perf_counter()
+    lowered = lower(model, quantized=mode)
+    exported = export(lowered, device, job["precision"], job["caches"])
+    (Path(job["folder"]) / f"{name}.stablehlo").write_bytes(exported.serialize())
+    exported_at = time.perf_counter()
     stages = pipeline.build(name, model, mode, job, device, devices)
     for one in stages:
         _require_fit(one["memory"], _capacity(job, len(devices)), job["target"])
     configuration = sharding.name_of(model, len(devices))
-    count = len(stages)
     split = partition.Partition(
         "annotated",
-        {"stage": count, **stages[0]["partition"]["mesh"]},
-        note=f"in {count} stages, one after the other, over {len(devices)} devices as the model "
-        f"says: {configuration}",
+        {"stage": len(stages), **stages[0]["partition"]["mesh"]},
+        note=f"in {len(stages)} stages, one after the other, over {len(devices)} devices as the "
+        f"model says: {configuration}",
     )
-    return {
-        "partition": split.to_json(),
-        "stages": stages,
-        "simulated": stages[0]["simulated"]
-        and {
+    shown = None
+    if job["verified"]:
+        shown = {
             "file": None,
             "partition": max((one["simulated"]["partition"] for one in stages), key=_devices_in),
             "bytes": sum(one["simulated"]["bytes"] for one in stages),
-        },
+        }
+    return {
+        **_described(lowered, outputs_of(lowered, exported), mode),
+        "stacks": {},
+        "rolled": None,
+        "partition": split.to_json(),
+        "stages": stages,
+        "simulated": shown,
         "memory": max((one["memory"] for one in stages), key=lambda m: sum(m.values())),
         "weights_bytes": sum(tensor.nbytes for tensor in lowered.weights.values()),
         "machine_code": None,
         "collectives": pipeline.summed(stages),
         "compiler_flops": None,
+        "trace_seconds": round(exported_at - started, 3),
+        "compile_seconds": round(time.perf_counter() - exported_at, 3),
     }
 
 

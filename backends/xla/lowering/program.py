@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from trivium.backends.xla.lowering import packing
+from trivium.backends.xla.lowering import packing, repeats
 from trivium.backends.xla.lowering.constants import weights_of
 from trivium.backends.xla.lowering.dtypes import numpy_dtype, precise
 from trivium.backends.xla.lowering.lazy import jnp
 from trivium.backends.xla.lowering.packing import Order
 from trivium.backends.xla.lowering.quantized import Mode
-from trivium.backends.xla.lowering.trace import Env, Frame, run_graph
+from trivium.backends.xla.lowering.trace import Env, Frame, run_graph, run_nodes
 from trivium.backends.xla.platforms import Platform
 from trivium.compiler.errors import BadInput
 from trivium.compiler.model import signature
@@ -37,6 +37,7 @@ class Lowered:
         inputs, outputs: The model's signature, initializers left out.
         places: Where in the model each weight is.
         packed: The weights that it takes with their axes in another order than the model's.
+        stacks: The weights that are several of the model's in one, by the names of those.
     """
 
     function: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
@@ -45,6 +46,7 @@ class Lowered:
     outputs: tuple[TensorInfo, ...]
     places: Mapping[str, ir.Value]
     packed: Mapping[str, Order] = field(default_factory=dict)
+    stacks: Mapping[str, list[str]] = field(default_factory=dict)
 
     def read(self) -> dict[str, np.ndarray[Any, Any]]:
         """Read all weights into memory."""
@@ -62,6 +64,7 @@ def lower(
     shardings: Mapping[ir.Value, Any] | None = None,
     platform: Platform | None = None,
     pack: bool = False,
+    roll: bool = False,
 ) -> Lowered:
     """Lower a model; nothing is read or traced yet.
 
@@ -71,6 +74,8 @@ def lower(
         shardings: jax's sharding of values that have to be spread in a given way.
         platform: What the program is for, if only for that: it may be lowered to what is fast
             there and slow elsewhere.
+        roll: Whether layers that are the same run as one scan, if there are some (see `repeats`);
+            their weights are then taken stacked, and ``Lowered.stacks`` says how.
         pack: Whether the function takes weights in the order that XLA's CPU reads them in.
 
     Shapes need not be bound: they are taken from the arguments when the function is traced. Known
@@ -85,12 +90,16 @@ def lower(
     arguments = [value for value in model.graph.inputs if value.name in {i.name for i in inputs}]
     functions = dict(model.functions)
     orders = packing.orders_of(named) if pack else {}
+    found = repeats.find(model.graph, tensors) if roll else None
+    stacks = repeats.stack_names(found) if found is not None else {}
+    gone = {name for names in stacks.values() for name in names}
+    alone = {name: value for name, value in named.items() if name not in gone}
 
     def function(weights: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         with precise():
             env: Env = {
                 value: packing.unpacked(weights[name], orders.get(name))
-                for name, value in named.items()
+                for name, value in alone.items()
             }
             for value in arguments:
                 env[value] = _argument(value, given)
@@ -102,12 +111,47 @@ def lower(
                 shardings=shardings or {},
                 platform=platform,
             )
-            results = run_graph(model.graph, frame)
+            if found is None:
+                results = run_graph(model.graph, frame)
+            else:
+                results = _run_rolled(model.graph, found, stacks, weights, frame)
             names = [value.name or "" for value in model.graph.outputs]
             return {name: _result(r) for name, r in zip(names, results, strict=True)}
 
-    weights = {name: tensors[value] for name, value in named.items()}
-    return Lowered(function, weights, inputs, outputs, named, orders)
+    weights = {name: tensors[value] for name, value in alone.items()}
+    places = dict(alone)
+    for name, members in stacks.items():
+        weights[name] = _stack(name, [tensors[named[member]] for member in members])
+        places[name] = named[members[0]]
+    return Lowered(function, weights, inputs, outputs, places, orders, stacks)
+
+
+def _run_rolled(
+    graph: ir.Graph,
+    found: repeats.Repeats,
+    stacks: Mapping[str, list[str]],
+    weights: Mapping[str, Any],
+    frame: Frame,
+) -> tuple[Any, ...]:
+    of_a_stack = {value for values in found.stacked.values() for value in values}
+    for value in graph.initializers.values():
+        if value not in frame.env and value not in of_a_stack and value.const_value is not None:
+            frame.env[value] = value.const_value.numpy()
+    given = {head: weights[name] for head, name in zip(found.stacked, stacks, strict=True)}
+    repeats.run(
+        found, given, frame.env, lambda nodes, env: run_nodes(nodes, replace(frame, env=env))
+    )
+    return tuple(frame.env[value] for value in graph.outputs)
+
+
+def _stack(name: str, members: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
+    """The tensor of several in one, read one after the other when it is asked for."""
+    shape = ir.Shape([len(members), *members[0].shape.numpy()])
+
+    def content() -> ir.TensorProtocol:
+        return ir.tensor(np.stack([one.numpy() for one in members]), dtype=members[0].dtype)
+
+    return ir.LazyTensor(content, members[0].dtype, shape, cache=False, name=name)
 
 
 def _named(tensors: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:

@@ -7,7 +7,7 @@ through `Op.subgraph`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -193,13 +193,18 @@ def run_graph(graph: ir.Graph | ir.Function, frame: Frame) -> tuple[Any, ...]:
     for value in getattr(graph, "initializers", {}).values():
         if value not in frame.env and value.const_value is not None:
             frame.env[value] = value.const_value.numpy()
-    for node in graph:
+    run_nodes(graph, frame)
+    return tuple(frame.env[value] for value in graph.outputs)
+
+
+def run_nodes(nodes: Iterable[ir.Node], frame: Frame) -> None:
+    """Run nodes in order; what they make is then in the frame."""
+    for node in nodes:
         if node.op_type == "Constant" and node.outputs[0] in frame.env:
             continue
         results = run_node(node, frame)
         for value, result in zip(node.outputs, results, strict=False):
             frame.env[value] = _spread(result, frame.shardings.get(value))
-    return tuple(frame.env[value] for value in graph.outputs)
 
 
 def _spread(result: Any, sharding: Any) -> Any:
