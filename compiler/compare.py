@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trivium.compiler import build, plugins, prepare, recipe, shapes
+from trivium.compiler import build, measurements, plugins, prepare, recipe, shapes
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.cost import does_not_fit
@@ -65,7 +65,7 @@ class Comparison:
         """What ``trivium compare --json`` prints."""
         return {
             "model": self.model,
-            "workload": workload_json(self.workload),
+            "workload": measurements.sizes_of(self.workload),
             "rows": self.rows,
             "best": name_of(self.best) if self.best is not None else None,
         }
@@ -79,6 +79,7 @@ def compare(
     shape: Sequence[str] = (),
     backends: Backends = None,
     measure: bool = False,
+    measured: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
@@ -94,6 +95,7 @@ def compare(
         backends: Names to try where they serve a target; by default each target's default one,
             with ``"all"`` every one that serves it.
         measure: Build and time what really runs on its target here.
+        measured: A file of timings taken elsewhere; see `measurements`.
         calibration: Representative inputs: an ``.npz`` file, or feeds.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backends, for ``measure``.
@@ -103,6 +105,7 @@ def compare(
         BadInput: A dimension is left symbolic; the message names it and the flag.
     """
     path = Path(model)
+    elsewhere = measurements.read(measured) if measured is not None else None
     found = [target_names.find(t) if isinstance(t, str) else t for t in targets or all_targets()]
     candidates: list[Candidate] = []
     workload = Workload()
@@ -114,6 +117,11 @@ def compare(
             for target, name in optimized.pairs:
                 progress(f"{target.name} with {name}")
                 candidates.append(_candidate(optimized, target, name, chosen.name))
+    if elsewhere is not None:
+        sha256 = models.content_hash(path, models.load(path))
+        candidates = [
+            replace(one, measured=elsewhere.of(one, sha256, workload)) for one in candidates
+        ]
     if measure:
         timed = _Measurement(path, shape, calibration, seed, options or {}, progress)
         candidates = [timed.of(candidate) for candidate in candidates]
@@ -301,14 +309,6 @@ def _order(candidate: Candidate) -> tuple[int, float, str]:
 def name_of(candidate: Candidate) -> str:
     """``target/backend/recipe``."""
     return f"{candidate.target.name}/{candidate.backend}/{candidate.recipe}"
-
-
-def workload_json(workload: Workload) -> dict[str, Any]:
-    """The bound dimensions and shapes."""
-    return {
-        "dims": dict(workload.dims),
-        "shapes": {name: list(shape) for name, shape in workload.shapes.items()},
-    }
 
 
 def row(candidate: Candidate) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def compare(arguments: argparse.Namespace) -> int:
             shape=arguments.shape,
             backends=arguments.backend or None,
             measure=arguments.measure,
+            measured=arguments.measured,
             calibration=arguments.calib,
             progress=progress,
         )
