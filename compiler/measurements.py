@@ -18,6 +18,7 @@ from typing import Any
 from trivium.compiler import files
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BadInput
+from trivium.compiler.rows import workload_json
 from trivium.compiler.types import Candidate, Workload
 
 SCHEMA = 1
@@ -36,7 +37,11 @@ class Measurements:
     def of(self, candidate: Candidate, sha256: str, workload: Workload) -> dict[str, Any] | None:
         """What was measured of a candidate, the last row of several; None if nothing was."""
         wanted = _identity(
-            sha256, candidate.target.name, candidate.backend, candidate.recipe, sizes_of(workload)
+            sha256,
+            candidate.target.name,
+            candidate.backend,
+            candidate.recipe,
+            workload_json(workload),
         )
         found = [row for row in self.rows if _identity_of(row) == wanted]
         return {key: found[-1].get(key) for key in FIGURES} if found else None
@@ -67,14 +72,6 @@ def described(artifact: Artifact) -> dict[str, Any]:
         "backend": manifest["backend"],
         "recipe": manifest["recipe"]["name"],
         "workload": {"dims": workload["dims"], "shapes": workload["shapes"]},
-    }
-
-
-def sizes_of(workload: Workload) -> dict[str, Any]:
-    """Bound dimensions and shapes as JSON has them."""
-    return {
-        "dims": dict(workload.dims),
-        "shapes": {name: list(shape) for name, shape in workload.shapes.items()},
     }
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.onnxruntime import generating
+from trivium.backends.onnxruntime import genai, generating
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
@@ -20,6 +20,8 @@ from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo,
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+    from trivium.compiler.cost import Profile
 
 
 class OnnxRuntimeBackend:
@@ -39,10 +41,12 @@ class OnnxRuntimeBackend:
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
         # Otherwise normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization
         # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
-        # Q/DQ is what its own fusions look for.
+        # Q/DQ is what its own fusions look for, except where they would copy all weights.
+        from trivium.backends.onnxruntime.blocked_products import PackBlockedProducts
+        from trivium.passes.remove_dead_code import RemoveDeadCode
         from trivium.passes.widen_attention_mask import WidenAttentionMask
 
-        return (WidenAttentionMask(),)
+        return (WidenAttentionMask(), PackBlockedProducts(), RemoveDeadCode())
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
@@ -54,17 +58,29 @@ class OnnxRuntimeBackend:
 
         return cost.estimate(model, target, workload)
 
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.onnxruntime import cost
+
+        return cost.profile_for(target)
+
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)
         if request.generator is not None:
             generating.default_to_last(model, request.generator)
-        files = models.save(model, request.folder / "model.onnx")
+        # A generator's weights are read by two graphs, and so are never inside of one.
+        external = True if request.generator is not None else None
+        files = models.save(model, request.folder / "model.onnx", external=external)
+        notes = []
+        if request.generator is not None:
+            problem = genai.write(request.folder, files[0].name, request.generator)
+            notes += [f"no genai_config.json: {problem}"] if problem else []
         without = _unwanted_fusions(model)
         _session(str(files[0]), without)
         return Built(
             programs=(Program("main", "model.onnx", inputs, outputs),),
             weights=files[1].name if len(files) > 1 else None,
             details={"disabled_optimizers": without},
+            notes=tuple(notes),
         )
 
     def load(self, artifact: Artifact) -> Executable:
