@@ -257,6 +257,7 @@ def _add_choosing(verbs: Verbs) -> None:
     _calibration(verb)
     _spread(verb)
     verb.add_argument("--measure", action="store_true", help="also time what can run here")
+    verb.add_argument("--measured", metavar="FILE.json", help="timings taken on another machine")
     verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
     verb.add_argument("--csv", metavar="FILE")
 

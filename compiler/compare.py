@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trivium.compiler import build, plugins, prepare, recipe, shapes
+from trivium.compiler import build, measurements, plugins, prepare, recipe, shapes
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.cost import does_not_fit
@@ -85,6 +85,7 @@ def compare(
     prices: Table | None = None,
     quality: Quality | None = None,
     measure: bool = False,
+    measured: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
@@ -104,6 +105,7 @@ def compare(
         prices: Overrides the prices that Trivium carries; see `trivium.compiler.prices`.
         quality: Evaluates recipes, once each.
         measure: Build and time what really runs on its target here.
+        measured: A file of timings taken elsewhere; see `measurements`.
         calibration: Representative inputs: an ``.npz`` file, or feeds.
         seed: Of the inputs that are drawn when no calibration is given.
         options: Options of the backends, for ``measure``.
@@ -115,6 +117,8 @@ def compare(
     path = Path(model)
     found = _targets(targets, max_chips, prices or {})
     pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
+    elsewhere = measurements.read(measured) if measured is not None else None
+    sha256 = models.content_hash(path) if elsewhere is not None else ""
     candidates: list[Candidate] = []
     for batch in batches or (None,):
         progress("reading the model")
@@ -126,6 +130,9 @@ def compare(
                 for target, name in optimized.pairs:
                     progress(f"predicting: {target.name} with {name}")
                     made = _candidate(optimized, target, name, chosen.name)
+                    if elsewhere is not None:
+                        known = elsewhere.of(made, sha256, source.workload)
+                        made = replace(made, measured=known)
                     candidates.append(replace(made, batch=batch or 1, quality=judged))
     if measure:
         timed = _Measurement(path, shape, calibration, seed, options or {}, progress, bool(batches))

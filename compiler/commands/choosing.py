@@ -24,6 +24,7 @@ def compare(arguments: argparse.Namespace) -> int:
             arguments.target or None,
             recipes=tuple(arguments.recipe) or ("none",),
             backends=arguments.backend or None,
+            measured=arguments.measured,
             **_shared(arguments, progress),
         )
     if arguments.html:
