@@ -29,6 +29,10 @@ _UNSEEN = "its input is unknown or NaN on the calibration data: rounded without 
 _CALIBRATED = ("gptq", "awq")
 
 
+_STREAMED_BYTES = 4 << 20
+"""From this size on, a weight that lies in a file is rounded to the nearest when it is written."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight to be quantized: where it is stored, what reads it, and how it will be stored."""
@@ -56,7 +60,8 @@ class QuantizeWeights(Pass):
     by segment. GPTQ lets the weights that are not yet rounded make up for those that are, and later
     layers for earlier ones; AWQ first enlarges the weights of the channels that are large.
 
-    One weight is in memory at a time; those of a large model are quantized when they are written.
+    One weight is in memory at a time. Large ones that lie in a file are rounded to the nearest when
+    the model is written, in stripes; the other methods' results are kept in memory or in a file.
     Codes of 2 and 3 bits are stored in 4, so that a file of them is no smaller.
 
     Left alone: weights smaller than ``min_elements``, which gain nothing; those with NaN or
@@ -276,9 +281,14 @@ class _Store:
         modified = False
         deferred = storing.Deferred()
         for one in found:
-            if self.large and isinstance(one.value.const_value, (ir.ExternalTensor, ir.LazyTensor)):
-                parts = deferred.parts(one.value, one.readers[0], one.form, quantize)
-                self._put(one, parts)
+            tensor = one.value.const_value
+            assert tensor is not None
+            filed = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
+            if quantize is blocks.nearest and filed and tensor.nbytes >= _STREAMED_BYTES:
+                self._put(one, storing.streamed(one.value, one.readers[0], one.form))
+                modified = True
+            elif self.large and filed:
+                self._put(one, deferred.parts(one.value, one.readers[0], one.form, quantize))
                 modified = True
             else:
                 modified |= self.one(one, quantize)
