@@ -23,6 +23,7 @@ NAMES = (
     "xla_cpu",
     "openvino_cpu",
     "quantize",
+    "compression",
     "generation",
     "streaming_int4",
     *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, from_context, option, sketching
+from trivium.compiler.passing import Pass, decline, from_context, is_op, option, sketching
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import layers, linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
 from trivium.passes.quantization.insertion import Inserter
-from trivium.passes.quantization.observers import OBSERVERS, Observer
+from trivium.passes.quantization.observers import OBSERVERS, Both, ChannelMeans, Observer
 from trivium.passes.quantization.outlining import Outliner
 from trivium.passes.quantization.placement import DEFAULT, PLACEMENTS, Placement
 from trivium.passes.quantization.planning import Plan, plan
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
 
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_TYPES = ("auto", "int8", "uint8", *linear.FLOATS)
 _WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -53,7 +57,7 @@ class QuantizeStatic(Pass):
     policy: str = option(
         "auto", "Whose placement of Q/DQ to use", choices=("auto", *sorted(PLACEMENTS))
     )
-    activation: str = option("auto", "Type of the activations", choices=("auto", "int8", "uint8"))
+    activation: str = option("auto", "Type of the activations", choices=_TYPES)
     symmetric: str = option(
         "auto", "Whether activations are symmetric about zero", choices=("auto", "yes", "no")
     )
@@ -62,6 +66,9 @@ class QuantizeStatic(Pass):
         8,
         "Bits of a weight; 7 avoids saturation on x86 without VNNI",
         choices=_WEIGHT_BITS,
+    )
+    bias_correction: bool = option(
+        False, "Whether biases make up for what rounded weights add to the mean of the outputs"
     )
     op_types: tuple[str, ...] = option((), "Operators to quantize; none = all that the engine has")
     exclude: tuple[str, ...] = option((), layers.EXCLUDE)
@@ -77,6 +84,20 @@ class QuantizeStatic(Pass):
 
     def __post_init__(self) -> None:
         self._choices()
+        if self.activation not in linear.FLOATS:
+            return
+        contradiction = {
+            "symmetric = 'no'": self.symmetric == "no",
+            f"weight_bits = {self.weight_bits}": self.weight_bits != 8,
+            f"method = {self.method!r}": self.method in ("entropy", "mse"),
+            "an integer precision": any(one.bits is not None for one in self._choices()),
+        }
+        for option_given, given in contradiction.items():
+            if given:
+                raise ValueError(
+                    f"{option_given} contradicts activation = {self.activation!r}, whose codes are "
+                    "floats, symmetric and unevenly spaced"
+                )
 
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude, self._choices())
@@ -84,18 +105,22 @@ class QuantizeStatic(Pass):
         made = plan(model.graph, placement, self._chosen)
         if not made.tensors:
             return False
-        ranges = self._ranges(model, made, placement)
+        ranges, means = self._learn(model, made, placement)
         _forget_unknown(made, ranges)
         if not made.tensors:
             return False
-        self._inserter(model.graph, placement).insert(made, ranges)
+        self._inserter(model.graph, placement, means).insert(made, ranges)
         return True
 
     def _placement(self) -> Placement:
         name = self.policy
         if name == "auto":
             name = self.backend if self.backend in PLACEMENTS else DEFAULT
-        return PLACEMENTS[name]
+        placement = PLACEMENTS[name]
+        if self.activation in linear.FLOATS:
+            # No engine takes biases but in float beside products of floats.
+            return replace(placement, symmetric=True, integer_bias=False)
+        return placement
 
     def _chosen(self, node: ir.Node) -> bool:
         if self.op_types and node.op_type not in self.op_types:
@@ -108,6 +133,8 @@ class QuantizeStatic(Pass):
         return layers.parse(self.precision, bits=_WEIGHT_BITS)
 
     def _weight_grid(self, node: ir.Node) -> linear.Grid:
+        if self.activation in linear.FLOATS:
+            return linear.grid(self.activation)
         choice = layers.chosen(node, self._choices())
         bits = choice.bits if choice is not None else None
         return linear.grid("int8", bits or self.weight_bits)
@@ -117,10 +144,10 @@ class QuantizeStatic(Pass):
         symmetric = placement.symmetric if self.symmetric == "auto" else self.symmetric == "yes"
         return (linear.grid(dtype) if symmetric else linear.full(dtype)), symmetric
 
-    def _ranges(
+    def _learn(
         self, model: ir.Model, made: Plan, placement: Placement
-    ) -> dict[ir.Value, tuple[float, float]]:
-        """The range of every root that the calibration reached."""
+    ) -> tuple[dict[ir.Value, tuple[float, float]], dict[ir.Node, Array]]:
+        """The range of every root that the calibration reached, and what biases have to know."""
         ranges: dict[ir.Value, tuple[float, float]] = {}
         observed = []
         for value in made.tensors:
@@ -134,11 +161,13 @@ class QuantizeStatic(Pass):
                 observed.append(value)
         if sketching():
             ranges.update({made.root(value): (-1.0, 1.0) for value in observed})
-            return ranges
-        if not observed:
-            return ranges
-        seen = self._calibrate(model, observed, placement)
-        for value, observer in seen.observers.items():
+            return ranges, {}
+        averaged = self._averaged(made)
+        if not observed and not averaged:
+            return ranges, {}
+        seen = self._calibrate(model, observed, averaged, placement)
+        for value in observed:
+            observer = seen.observers[value]
             if value in seen.spoiled:
                 decline(value, "holds NaN or infinity on the calibration data")
             elif not observer.seen:
@@ -148,10 +177,29 @@ class QuantizeStatic(Pass):
                 root = made.root(value)
                 before = ranges.get(root, (0.0, 0.0))
                 ranges[root] = min(low, before[0]), max(high, before[1])
-        return ranges
+        means = {}
+        for node, value in averaged.items():
+            learner = seen.observers[value]
+            average = learner.second if isinstance(learner, Both) else learner
+            if isinstance(average, ChannelMeans) and average.seen and value not in seen.spoiled:
+                means[node] = average.mean
+        return ranges, means
+
+    def _averaged(self, made: Plan) -> dict[ir.Node, ir.Value]:
+        """Layers with a bias to be corrected, and their inputs."""
+        found = {}
+        for node, position in made.weights if self.bias_correction else ():
+            value = node.inputs[0]
+            if is_op(node, "Conv", "Gemm") and position == 1 and value is not None:
+                found[node] = value
+        return found
 
     def _calibrate(
-        self, model: ir.Model, values: list[ir.Value], placement: Placement
+        self,
+        model: ir.Model,
+        values: list[ir.Value],
+        averaged: dict[ir.Node, ir.Value],
+        placement: Placement,
     ) -> Calibrated:
         if self.calibration is None:
             raise BadInput(
@@ -159,17 +207,22 @@ class QuantizeStatic(Pass):
                 about=self.name,
                 remedy="give them with --calib FILE.npz, or use the recipe int8-weights",
             )
-        codes = self._grid(placement)[0]
-        count = codes.high - codes.low + 1
+        count = self._grid(placement)[0].count
+        axes = {value: 1 if node.op_type == "Conv" else -1 for node, value in averaged.items()}
+        ranged = set(values)
 
         def make(value: ir.Value) -> Observer:
+            if value not in ranged:
+                return ChannelMeans(axes[value])
             # What the caller hands in or reads is not a tail to be clipped: two classes whose
             # scores are both clipped have the same score.
             outside = value.is_graph_input() or value.is_graph_output()
-            return OBSERVERS["minmax" if outside else self.method](count)
+            found = OBSERVERS["minmax" if outside else self.method](count)
+            return Both(found, ChannelMeans(axes[value])) if value in axes else found
 
         state = Path(self.state) if self.state else None
-        seen = calibrate(model, values, self.calibration, make, state=state)
+        everything = list(dict.fromkeys([*values, *axes]))
+        seen = calibrate(model, everything, self.calibration, make, state=state)
         if seen.samples == 1:
             decline(
                 model.graph.inputs[0],
@@ -177,10 +230,12 @@ class QuantizeStatic(Pass):
             )
         return seen
 
-    def _inserter(self, graph: ir.Graph, placement: Placement) -> Inserter:
+    def _inserter(
+        self, graph: ir.Graph, placement: Placement, means: dict[ir.Node, Array]
+    ) -> Inserter:
         activations, symmetric = self._grid(placement)
         kind = Outliner if sketching() else Inserter
-        return kind(graph, activations, symmetric, self._weight_grid, self.per_channel)
+        return kind(graph, activations, symmetric, self._weight_grid, self.per_channel, means)
 
 
 def _forget_unknown(made: Plan, ranges: dict[ir.Value, tuple[float, float]]) -> None:

@@ -25,7 +25,6 @@ from trivium.compiler.types import Preserves
 from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
 from trivium.passes.quantization.blocks import Blocks, Form
 from trivium.passes.quantization.moments import Moment
-from trivium.passes.quantization.streaming import BlockedWeight
 from trivium.passes.quantization.walk import Walk
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ _UNSEEN = "its input is unknown or NaN on the calibration data: rounded without 
 _CALIBRATED = ("gptq", "awq")
 
 _STREAMED_BYTES = 4 << 20
-"""From this size on, a weight that lies in a file is rounded in stripes when it is written."""
+"""From this size on, a weight that lies in a file is rounded to the nearest when it is written."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class QuantizeWeights(Pass):
     by segment. GPTQ lets the weights that are not yet rounded make up for those that are, and later
     layers for earlier ones; AWQ first enlarges the weights of the channels that are large.
 
-    One weight is in memory at a time; those of a large model are quantized when they are written.
+    One weight is in memory at a time. Large ones that lie in a file are rounded to the nearest when
+    the model is written, in stripes; the other methods' results are kept in memory or in a file.
     Codes of 2 and 3 bits are stored in 4, so that a file of them is no smaller.
 
     Left alone: weights smaller than ``min_elements``, which gain nothing; those with NaN or
@@ -303,31 +303,17 @@ class _Store:
         deferred = storing.Deferred()
         for one in found:
             tensor = one.value.const_value
-            unread = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
-            long = tensor is not None and tensor.nbytes >= _STREAMED_BYTES
-            if unread and long and quantize is blocks.nearest:
-                self.put(one, self._streamed(one))
+            assert tensor is not None
+            filed = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
+            if quantize is blocks.nearest and filed and tensor.nbytes >= _STREAMED_BYTES:
+                self.put(one, storing.streamed(one.value, one.readers[0], one.form))
                 modified = True
-            elif unread and self.large:
-                parts = deferred.parts(one.value, one.readers[0], one.form, quantize)
-                self.put(one, parts)
+            elif self.large and filed:
+                self.put(one, deferred.parts(one.value, one.readers[0], one.form, quantize))
                 modified = True
             else:
                 modified |= self.one(one, quantize)
         return modified
-
-    @staticmethod
-    def _streamed(one: Weight) -> list[ir.TensorProtocol]:
-        """The parts of a rounded weight, made in stripes while they are written."""
-        assert one.value.const_value is not None
-        return BlockedWeight(
-            one.value.const_value,
-            transposed=storing.transposed(one.readers[0]),
-            grid=one.form.textbook,
-            block_size=one.form.block_size,
-            symmetric=one.form.symmetric,
-            name=one.value.name or "weight",
-        ).tensors()
 
     def one(self, one: Weight, quantize: Callable[[Array, Form], Blocks]) -> bool:
         """Quantize one weight now."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import decline, graph_of, initializer, unread, weight
+from trivium.compiler.passing import attribute, decline, graph_of, initializer, unread, weight
 from trivium.passes.quantization import linear
 from trivium.passes.quantization.linear import Grid
 from trivium.passes.quantization.placement import weight_axis
@@ -28,6 +28,7 @@ class Inserter:
         symmetric: Whether they are symmetric.
         weights: Grid of the weight of a layer.
         per_channel: Whether each output channel of a weight has a scale of its own.
+        means: Of each channel of a layer's input: its bias makes up for what they lose.
     """
 
     graph: ir.Graph
@@ -35,6 +36,7 @@ class Inserter:
     symmetric: bool
     weights: Callable[[ir.Node], Grid]
     per_channel: bool
+    means: Mapping[ir.Node, Array] = field(default_factory=dict)
     _scales: dict[ir.Value, Array] = field(default_factory=dict)
     _stored: dict[tuple[ir.Value, int | None, Grid], tuple[ir.Value, Array]] = field(
         default_factory=dict
@@ -82,7 +84,7 @@ class Inserter:
     def _store_parameters(
         self, name: str, scale: Array, zero: Array, grid: Grid
     ) -> tuple[ir.Value, ir.Value]:
-        codes = zero.astype(np.int8 if grid.signed else np.uint8)
+        codes = zero.astype(grid.stored)
         return (
             initializer(self.graph, scale, f"{name}_scale"),
             initializer(self.graph, codes, f"{name}_zero_point"),
@@ -154,8 +156,32 @@ class Inserter:
             )
         result, scale = self._stored[key]
         node.replace_input_with(position, result)
+        if node in self.means:
+            factor = linear.along(scale, axis, array.ndim)
+            off = linear.dequantize(linear.quantize(array, factor, 0, grid), factor, 0) - array
+            bias = self._corrected(node, bias, off)
         if bias is not None and source is not None and bias_at is not None:
             self._quantize_bias(node, bias_at, bias, source * scale)
+
+    def _corrected(self, node: ir.Node, bias: Array | None, off: Array) -> Array | None:
+        """Take the mean of what a weight's error adds to the outputs off the bias."""
+        mean = self.means[node].astype(np.float32)
+        if node.op_type == "Conv":
+            groups = int(attribute(node, "group", 1))
+            each = off.reshape(groups, len(off) // groups, off.shape[1], -1).sum(axis=-1)
+            shift = np.einsum("goc,gc->go", each, mean.reshape(groups, -1)).reshape(-1)
+        else:
+            shift = off @ mean if attribute(node, "transB", 0) else mean @ off
+        if bias is not None:
+            return np.asarray(bias - shift)
+        stored = node.inputs[2] if len(node.inputs) > 2 else None
+        if stored is None or (array := weight(stored)) is None or array.shape != shift.shape:
+            return None
+        made = initializer(self.graph, array - shift, f"{stored.name}_corrected")
+        node.replace_input_with(2, made)
+        if unread(stored) and stored.is_initializer():
+            self.graph.initializers.pop(stored.name or "")
+        return None
 
     def _weight_scale(
         self,

@@ -15,21 +15,45 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+FLOATS = {"float8e4m3fn": 448.0, "float8e5m2": 57344.0}
+"""Types of 8-bit floats and the largest value of each; infinities are never used."""
+
 SIGNED = {"int8": 8, "int4": 4, "int2": 2}
 UNSIGNED = {"uint8": 8, "uint4": 4, "uint2": 2}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers ``low`` to ``high`` of a stored dtype.
+    """The integers ``low`` to ``high`` of a stored dtype, or its floats between them.
 
     Attributes:
         dtype: ONNX's lower-case name of the type that holds them.
     """
 
     dtype: str
-    low: int
-    high: int
+    low: float
+    high: float
+
+    @property
+    def count(self) -> int:
+        """How many codes there are."""
+        return 256 if self.floating else round(self.high - self.low) + 1
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in FLOATS
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """numpy's type of a code."""
+        if self.floating:
+            import ml_dtypes
+
+            kind: np.dtype[Any] = np.dtype(
+                getattr(ml_dtypes, "float8_" + self.dtype.removeprefix("float8"))
+            )
+            return kind
+        return np.dtype(np.int8 if self.signed else np.uint8)
 
     @property
     def signed(self) -> bool:
@@ -37,10 +61,12 @@ class Grid:
 
 
 def grid(dtype: str, bits: int | None = None) -> Grid:
-    """Return the grid of ``bits`` (by default all) in a dtype.
+    """Return the grid of ``bits`` (by default all) in a dtype; 8-bit floats are taken whole.
 
     Signed grids leave out the lowest code, so that they are symmetric about zero.
     """
+    if dtype in FLOATS:
+        return Grid(dtype, -FLOATS[dtype], FLOATS[dtype])
     width = SIGNED.get(dtype) or UNSIGNED.get(dtype)
     if width is None:
         raise ValueError(f"{dtype} is no integer type to quantize to")
@@ -55,7 +81,8 @@ def grid(dtype: str, bits: int | None = None) -> Grid:
 def full(dtype: str) -> Grid:
     """Return the grid of every code of a dtype, the lowest of a signed one included."""
     whole = grid(dtype)
-    return Grid(dtype, whole.low - 1, whole.high) if whole.signed else whole
+    lowest = whole.signed and not whole.floating
+    return Grid(dtype, whole.low - 1, whole.high) if lowest else whole
 
 
 def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, Array]:
@@ -73,7 +100,7 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
     low = np.minimum(np.asarray(low, np.float64), 0.0)
     high = np.maximum(np.asarray(high, np.float64), 0.0)
     if symmetric:
-        middle = 0 if to.signed else (to.low + to.high + 1) // 2
+        middle = 0.0 if to.signed else (to.low + to.high + 1) // 2
         nonnegative = (low >= 0) & (not to.signed)
         zero = np.where(nonnegative, to.low, middle)
         scale = np.where(nonnegative, high / (to.high - to.low), 0.0)
@@ -92,20 +119,20 @@ def quantize(values: Array, scale: Array, zero: Array | int, to: Grid) -> Array:
     """Return the codes of ``values`` as QuantizeLinear computes them; arguments broadcast."""
     # An array even for a scalar, which numpy would not write back into.
     codes = np.asarray(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    if to.floating:
+        return np.clip(codes, to.low, to.high).astype(to.stored)
     np.rint(codes, out=codes)
     codes += np.asarray(zero, np.float32)
     np.clip(codes, to.low, to.high, out=codes)
-    return codes.astype(_container(to))
+    return codes.astype(to.stored)
 
 
 def dequantize(codes: Array, scale: Array, zero: Array | int) -> Array:
     """Return the values of codes; arguments broadcast."""
+    if codes.dtype.kind not in "iu":
+        return codes.astype(np.float32) * np.asarray(scale, np.float32)
     shifted = codes.astype(np.int32) - np.asarray(zero, np.int32)
     return shifted.astype(np.float32) * np.asarray(scale, np.float32)
-
-
-def _container(to: Grid) -> type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]:
-    return np.int8 if to.signed else np.uint8
 
 
 def along(array: Array, axis: int | None, rank: int) -> Array:

@@ -32,7 +32,8 @@ class Observer(Protocol):
         seen: How many values it was shown.
     """
 
-    seen: int
+    @property
+    def seen(self) -> int: ...
 
     def update(self, values: Array) -> None:
         """Take in the values of one batch (any shape, finite)."""
@@ -212,3 +213,82 @@ class MeanSquaredError(Histogram):
             return super().range()
         middles = (np.arange(2 * BINS) + 0.5 - BINS) * (self.limit / BINS)
         return thresholds.least_squares(self.counts, middles, (self.low, self.high), self.codes)
+
+
+class Channels(Stored):
+    """Something of each channel of a tensor."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.seen = 0
+
+    def _flat(self, values: Array) -> Array:
+        """[values, channels]."""
+        return np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+
+    def range(self) -> tuple[float, float]:
+        raise NotImplementedError("this learns of channels, not of a range")
+
+
+class ChannelMagnitudes(Channels):
+    """The largest magnitude of each channel."""
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "largest")
+
+    def __init__(self, axis: int) -> None:
+        super().__init__(axis)
+        self.largest: Array = np.zeros(0, np.float32)
+
+    def update(self, values: Array) -> None:
+        found = np.abs(self._flat(values)).max(axis=0)
+        self.largest = np.maximum(self.largest, found) if self.seen else found
+        self.seen += values.size
+
+
+class ChannelMeans(Channels):
+    """The sum of each channel, and so its mean."""
+
+    kept: ClassVar[tuple[str, ...]] = ("seen", "total", "rows")
+
+    def __init__(self, axis: int) -> None:
+        super().__init__(axis)
+        self.total: Array = np.zeros(1)
+        self.rows = 0
+
+    def update(self, values: Array) -> None:
+        flat = self._flat(values)
+        self.total = self.total + flat.sum(axis=0, dtype=np.float64)
+        self.rows += len(flat)
+        self.seen += values.size
+
+    @property
+    def mean(self) -> Array:
+        return np.asarray(self.total / max(self.rows, 1))
+
+
+class Both:
+    """Two observers of one tensor; the range is that of the first."""
+
+    def __init__(self, first: Observer, second: Observer) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def seen(self) -> int:
+        return self.first.seen
+
+    def update(self, values: Array) -> None:
+        self.first.update(values)
+        self.second.update(values)
+
+    def range(self) -> tuple[float, float]:
+        return self.first.range()
+
+    def state(self) -> Mapping[str, Array]:
+        first, second = self.first.state(), self.second.state()
+        return {f"first.{k}": v for k, v in first.items()} | {
+            f"second.{k}": v for k, v in second.items()
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        for name, one in (("first.", self.first), ("second.", self.second)):
+            one.restore({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})

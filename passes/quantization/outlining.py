@@ -40,7 +40,7 @@ class Outliner(Inserter):
         if key not in self._stored:
             scale = np.ones(() if axis is None else shape[axis], np.float32)
             zero = np.zeros(scale.shape, np.int64)
-            codes = outline(ir.DataType.INT8 if grid.signed else ir.DataType.UINT8, shape)
+            codes = outline(ir.DataType[grid.dtype.upper()], shape)
             restored = self._dequantized(value, codes, scale, zero, grid, axis, node)
             self._stored[key] = restored, scale
         restored, scale = self._stored[key]

@@ -105,6 +105,11 @@ class Site:
     sources: tuple[Stored, ...]
     channels: int
 
+    @property
+    def convolved(self) -> bool:
+        """Whether the channels are on axis 1; else they are on the last."""
+        return self.readers[0].node.op_type == "Conv"
+
     def scale(self, graph: ir.Graph, factor: Array) -> None:
         """Divide the activation by a factor for each channel, and multiply what reads it."""
         wide = factor.astype(np.float32)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import attribute, dims, initializer, outline, unread, weight
 from trivium.passes.quantization.blocks import Blocks, Form
+from trivium.passes.quantization.streaming import BlockedWeight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -95,6 +96,20 @@ def eager(made: Blocks) -> list[ir.TensorProtocol]:
     """Codes, scales and, if asymmetric, zero points, in memory."""
     parts = [packed(made.codes, made.form), ir.tensor(made.scales)]
     return parts if made.form.symmetric else [*parts, packed(made.zeros, made.form)]
+
+
+def streamed(value: ir.Value, reader: ir.Node, form: Form) -> list[ir.TensorProtocol]:
+    """The parts of a weight that is rounded to the nearest while it is written."""
+    tensor = value.const_value
+    assert tensor is not None
+    return BlockedWeight(
+        tensor,
+        transposed=transposed(reader),
+        grid=form.textbook,
+        block_size=form.block_size,
+        symmetric=form.symmetric,
+        name=value.name or "weight",
+    ).tensors()
 
 
 class Deferred:

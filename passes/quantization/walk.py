@@ -375,16 +375,43 @@ def free_batch(model: ir.Model) -> str | None:
 def batches(
     feeds: Iterable[Tensors], free: str | None, limit: int
 ) -> Iterator[tuple[Tensors, int]]:
-    """Feeds cut along a free batch dimension, each with its number of samples."""
+    """Feeds cut and joined along a free batch dimension, each with its number of samples."""
+    waiting: list[Tensors] = []
     for feed in feeds:
         sizes = {np.shape(array)[0] for array in feed.values() if np.ndim(array)}
         if free is None or len(sizes) != 1 or any(not np.ndim(a) for a in feed.values()):
+            yield from _joined(waiting)
+            waiting = []
             yield feed, 1
             continue
         size = sizes.pop()
+        if waiting and (_rest(waiting[0]) != _rest(feed) or _length(waiting) + size > limit):
+            yield from _joined(waiting)
+            waiting = []
+        if size < limit:
+            waiting.append(feed)
+            continue
         for start in range(0, size, limit):
             end = min(start + limit, size)
             yield {name: array[start:end] for name, array in feed.items()}, end - start
+    yield from _joined(waiting)
+
+
+def _rest(feed: Tensors) -> dict[str, tuple[int, ...]]:
+    """What the arrays of two feeds have to have in common to be joined."""
+    return {name: np.shape(array)[1:] for name, array in feed.items()}
+
+
+def _length(feeds: Sequence[Tensors]) -> int:
+    return sum(len(next(iter(feed.values()))) for feed in feeds)
+
+
+def _joined(feeds: Sequence[Tensors]) -> Iterator[tuple[Tensors, int]]:
+    if len(feeds) == 1:
+        yield feeds[0], _length(feeds)
+    elif feeds:
+        names = feeds[0].keys()
+        yield {name: np.concatenate([f[name] for f in feeds]) for name in names}, _length(feeds)
 
 
 def _named_dims(model: ir.Model, sample: Tensors) -> dict[str, int]:

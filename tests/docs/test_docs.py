@@ -53,6 +53,25 @@ def test_commands_of_the_readme_work(folder: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_page_on_quantization(folder: Path) -> None:
+    from trivium.compiler import recipe
+
+    page = "docs/quantization.md"
+    (table,) = blocks(page, "toml")
+    assert recipe.parse(table).steps[0].name == "quantize-weights"
+    images = np.load("calib.npz")["image"][:8]
+    for source in blocks(page, "python"):
+        exec(compile(source, page, "exec"), {"stream": lambda: iter(np.split(images, 8))})
+    lines = "\n".join(blocks(page, "console")).splitlines()
+    commands = [line[2:] for line in lines if line.startswith("$ ") and "checkpoint" not in line]
+    assert len(commands) >= 3
+    for command in commands:
+        words = [sys.executable, "-m", "trivium.compiler.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
 def test_generated_pages_and_links() -> None:
     done = subprocess.run(
         [sys.executable, "docs/generate.py", "--check"],

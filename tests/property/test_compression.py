@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from tests.property import graphs
 from trivium.compiler import recipe
 from trivium.compiler.model import signature
+from trivium.passes.adaround import AdaRound
 from trivium.passes.prune_magnitude import PruneMagnitude
 from trivium.passes.prune_n_m import PruneNM
 from trivium.passes.quantization.placement import PLACEMENTS
+from trivium.passes.quantize_dynamic import QuantizeDynamic
 from trivium.passes.quantize_static import QuantizeStatic
 from trivium.passes.quantize_weights import QuantizeWeights
 
@@ -31,6 +33,14 @@ PASSES: dict[str, Any] = {
         for policy in PLACEMENTS
     },
     "weights": lambda feeds: QuantizeWeights(bits=8, block_size=16, min_elements=1),
+    **{
+        f"weights {method}": lambda feeds, method=method: QuantizeWeights(
+            method=method, bits=8, block_size=16, min_elements=1, calibration=feeds
+        )
+        for method in ("hqq", "gptq", "awq")
+    },
+    "dynamic": lambda feeds: QuantizeDynamic(min_elements=1),
+    "adaround": lambda feeds: AdaRound(bits=8, steps=20, calibration=feeds),
     "prune nothing": lambda feeds: PruneMagnitude(sparsity=0.0),
     "prune 4:4": lambda feeds: PruneNM(n=4, m=4, min_elements=1),
 }

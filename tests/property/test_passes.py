@@ -35,7 +35,7 @@ def test_pass_keeps_its_word(name: str, model: ir.Model) -> None:
     feed = graphs.feeds(model)
     expected = graphs.run(model, feed)
     before, declared = graphs.serialized(model), signature(model)
-    made = recipe.instantiate(recipe.Step(name), recipe.Context())
+    made = recipe.instantiate(recipe.Step(name), recipe.Context(calibration=[feed, feed]))
 
     modified = made(model).modified
     after = graphs.serialized(model)
