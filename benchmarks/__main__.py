@@ -16,7 +16,15 @@ from typing import Any
 
 from benchmarks.harness import Row
 
-NAMES = ("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize")
+NAMES = (
+    "startup",
+    "large_model",
+    "onnxruntime_artifacts",
+    "xla_cpu",
+    "openvino_cpu",
+    "quantize",
+    "recovery",
+)
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"
 

@@ -15,6 +15,8 @@ from trivium.compiler import recipe
 from trivium.compiler.model import signature
 from trivium.passes.prune_magnitude import PruneMagnitude
 from trivium.passes.prune_n_m import PruneNM
+from trivium.passes.prune_sparsegpt import PruneSparseGPT
+from trivium.passes.prune_wanda import PruneWanda
 from trivium.passes.quantization.placement import PLACEMENTS
 from trivium.passes.quantize_static import QuantizeStatic
 from trivium.passes.quantize_weights import QuantizeWeights
@@ -32,6 +34,8 @@ PASSES: dict[str, Any] = {
     },
     "weights": lambda feeds: QuantizeWeights(bits=8, block_size=16, min_elements=1),
     "prune nothing": lambda feeds: PruneMagnitude(sparsity=0.0),
+    "wanda": lambda feeds: PruneWanda(sparsity=0.05, min_elements=1, calibration=feeds),
+    "sparsegpt": lambda feeds: PruneSparseGPT(sparsity=0.05, min_elements=1, calibration=feeds),
     "prune 4:4": lambda feeds: PruneNM(n=4, m=4, min_elements=1),
 }
 
