@@ -43,6 +43,55 @@ class InPieces(Protocol):
         """Return the content in pieces of about ``size`` bytes, each read when it is asked for."""
 
 
+class Striped(Protocol):
+    """A matrix that lies in a file row by row, or column by column.
+
+    Attributes:
+        lies_along: 0 if the file holds one row after another, 1 if one column after another.
+    """
+
+    lies_along: int
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Read some rows (or columns, each as a row of the result) as float32."""
+
+
+def stripes_of(tensor: ir.TensorProtocol) -> Striped:
+    """A stored matrix in stripes; what lies in no file is evaluated once."""
+    made = getattr(tensor, "stripes", None)
+    if made is not None:
+        return made()  # type: ignore[no-any-return]  # those of models.safetensors
+    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype == ir.DataType.FLOAT:
+        return _FileStripes(tensor)
+    return _ArrayStripes(tensor)
+
+
+class _FileStripes:
+    lies_along = 0
+
+    def __init__(self, tensor: ir.ExternalTensor) -> None:
+        self._tensor = tensor
+        self._columns = int(tensor.shape.numpy()[1])
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        offset = (self._tensor.offset or 0) + 4 * start * self._columns
+        count = (stop - start) * self._columns
+        stored = np.fromfile(self._tensor.path, "<f4", count=count, offset=offset)
+        return stored.reshape(stop - start, self._columns)
+
+
+class _ArrayStripes:
+    lies_along = 0
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self._array = _read(tensor)
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return self._array[start:stop]
+
+
 def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:
     """A field of a pass that the command line, recipes and docs offer as an option."""
     metadata = {"help": help, "choices": tuple(choices)}
@@ -159,6 +208,51 @@ def declining() -> Iterator[dict[Declined, None]]:
         yield notes
     finally:
         _declined.reset(token)
+
+
+# --- sketching -----------------------------------------------------------------------------------
+
+_sketching: ContextVar[bool] = ContextVar("sketching", default=False)
+
+
+def sketching() -> bool:
+    """Whether only the form of the graph is wanted, for a prediction.
+
+    A pass then reads no weight and no calibration data: it puts `outline` where it would store what
+    it computes, and takes any range for those it would find. A pass that does not ask is run as
+    ever.
+    """
+    return _sketching.get()
+
+
+@contextmanager
+def sketched() -> Iterator[None]:
+    """Run passes for the form of the graph only."""
+    token = _sketching.set(True)
+    try:
+        yield
+    finally:
+        _sketching.reset(token)
+
+
+def outline(dtype: ir.DataType, shape: Sequence[int]) -> ir.TensorProtocol:
+    """A stored tensor of which only dtype and shape count.
+
+    Whoever looks all the same (a cost model that counts the bits in use) finds every code of an
+    integer in turn, or ones.
+    """
+
+    def fill() -> ir.TensorProtocol:
+        import numpy as np
+
+        codes = np.ones(1, np.float32)
+        if dtype.is_integer():
+            signed = dtype.is_signed()
+            reach = 2 ** (dtype.bitwidth - signed) - 1
+            codes = np.arange(-reach if signed else 0, reach + 1)
+        return ir.tensor(np.resize(codes, tuple(shape)).astype(dtype.numpy()), dtype=dtype)
+
+    return ir.LazyTensor(fill, dtype, ir.Shape(shape), cache=False)
 
 
 # --- reading the graph ---------------------------------------------------------------------------

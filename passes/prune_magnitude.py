@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import Pass, changed, option, weight
+from trivium.compiler.passing import Pass, changed, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import weights
 from trivium.passes.quantization import layers
@@ -43,6 +43,8 @@ class PruneMagnitude(Pass):
             raise ValueError(f"sparsity is {self.sparsity:g}: give a share from 0 to 1")
 
     def run(self, model: ir.Model) -> bool:
+        if sketching():
+            return False  # zeros change no form
         chosen = [value for value, _ in weights(model, self.exclude, self.min_elements)]
         threshold = global_threshold(chosen, self.sparsity) if self.scope == "global" else None
         modified = False

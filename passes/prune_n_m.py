@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import Pass, changed, decline, option, weight
+from trivium.compiler.passing import Pass, changed, decline, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import summed_axis, weights
 from trivium.passes.quantization import layers
@@ -41,6 +41,8 @@ class PruneNM(Pass):
             raise ValueError(f"{self.n}:{self.m} keeps nothing or more than there is")
 
     def run(self, model: ir.Model) -> bool:
+        if sketching():
+            return False  # zeros change no form
         modified = False
         for value, node in weights(model, self.exclude, self.min_elements):
             array = weight(value)

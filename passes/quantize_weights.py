@@ -11,11 +11,21 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, dims, from_context, is_constant, is_op, option
+from trivium.compiler.passing import (
+    Pass,
+    decline,
+    dims,
+    from_context,
+    is_constant,
+    is_op,
+    option,
+    sketching,
+)
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
 from trivium.passes.quantization.blocks import Blocks, Form
 from trivium.passes.quantization.moments import Moment
+from trivium.passes.quantization.streaming import BlockedWeight
 from trivium.passes.quantization.walk import Walk
 
 if TYPE_CHECKING:
@@ -25,8 +35,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _BITS = (2, 3, 4, 8)
 _BLOCKS = (16, 32, 64, 128, 256, 512)
+_USUAL_BLOCK = 128
 _UNSEEN = "its input is unknown or NaN on the calibration data: rounded without it"
 _CALIBRATED = ("gptq", "awq")
+
+_STREAMED_BYTES = 4 << 20
+"""From this size on, a weight that lies in a file is rounded in stripes when it is written."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,9 @@ class QuantizeWeights(Pass):
 
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude, self._choices())
+        order = {node: index for index, node in enumerate(model.graph)}
+        if sketching():
+            return self._outlined(model, order)
         found = self._sized(list(self._weights(model.graph)))
         if not found:
             return False
@@ -97,7 +114,6 @@ class QuantizeWeights(Pass):
                 about=self.name,
                 remedy="give them with --calib, or use method = 'rtn' or 'hqq'",
             )
-        order = {node: index for index, node in enumerate(model.graph)}
         large = sum(4 * one.elements for one in found) > storing.KEPT
         store = _Store(model, order, large)
         match self.method:
@@ -109,6 +125,16 @@ class QuantizeWeights(Pass):
                 return self._by_gptq(model, found, store)
             case _:
                 return self._by_awq(model, found, store)
+
+    def _outlined(self, model: ir.Model, order: dict[ir.Node, int]) -> bool:
+        """Put the form of quantized weights where they would stand; nothing is read."""
+        found = list(self._weights(model.graph))
+        store = _Store(model, order, large=False)
+        for one in found:
+            form = replace(one.form, block_size=one.form.block_size or _USUAL_BLOCK)
+            reader = one.readers[0]
+            store.put(replace(one, form=form), storing.outlined(one.value, reader, form))
+        return bool(found)
 
     # --- what to quantize ------------------------------------------------------------------------
 
@@ -276,13 +302,32 @@ class _Store:
         modified = False
         deferred = storing.Deferred()
         for one in found:
-            if self.large and isinstance(one.value.const_value, (ir.ExternalTensor, ir.LazyTensor)):
+            tensor = one.value.const_value
+            unread = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
+            long = tensor is not None and tensor.nbytes >= _STREAMED_BYTES
+            if unread and long and quantize is blocks.nearest:
+                self.put(one, self._streamed(one))
+                modified = True
+            elif unread and self.large:
                 parts = deferred.parts(one.value, one.readers[0], one.form, quantize)
-                self._put(one, parts)
+                self.put(one, parts)
                 modified = True
             else:
                 modified |= self.one(one, quantize)
         return modified
+
+    @staticmethod
+    def _streamed(one: Weight) -> list[ir.TensorProtocol]:
+        """The parts of a rounded weight, made in stripes while they are written."""
+        assert one.value.const_value is not None
+        return BlockedWeight(
+            one.value.const_value,
+            transposed=storing.transposed(one.readers[0]),
+            grid=one.form.textbook,
+            block_size=one.form.block_size,
+            symmetric=one.form.symmetric,
+            name=one.value.name or "weight",
+        ).tensors()
 
     def one(self, one: Weight, quantize: Callable[[Array, Form], Blocks]) -> bool:
         """Quantize one weight now."""
@@ -290,8 +335,8 @@ class _Store:
         if (problem := storing.nonfinite(matrix)) is not None:
             return decline(one.value, problem)
         made = quantize(matrix, one.form)
-        self._put(one, storing.spilled(self.model, made) if self.large else storing.eager(made))
+        self.put(one, storing.spilled(self.model, made) if self.large else storing.eager(made))
         return True
 
-    def _put(self, one: Weight, parts: list[ir.TensorProtocol]) -> None:
+    def put(self, one: Weight, parts: list[ir.TensorProtocol]) -> None:
         storing.replace(self.model.graph, one.value, one.readers, one.form, parts, self.order)

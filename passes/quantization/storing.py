@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import attribute, initializer, unread, weight
+from trivium.compiler.passing import attribute, dims, initializer, outline, unread, weight
 from trivium.passes.quantization.blocks import Blocks, Form
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,6 +80,15 @@ def replace(
         node.replace_input_with(1, result)
     if unread(value):
         graph.initializers.pop(name)
+
+
+def outlined(value: ir.Value, reader: ir.Node, form: Form) -> list[ir.TensorProtocol]:
+    """The form of what `eager` returns for a weight that is not read."""
+    shape = [size or 0 for size in dims(value) or ()]
+    rows, columns = reversed(shape) if transposed(reader) else shape
+    few, codes = (-(-rows // form.block_size), columns), stored_type(form)
+    parts = [outline(codes, (rows, columns)), outline(ir.DataType.FLOAT, few)]
+    return parts if form.symmetric else [*parts, outline(codes, few)]
 
 
 def eager(made: Blocks) -> list[ir.TensorProtocol]:
