@@ -24,6 +24,7 @@ NAMES = (
     "openvino_cpu",
     "quantize",
     "compression",
+    "recovery",
     "generation",
     "streaming_int4",
     *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 NORMALIZE = "normalize"
 """The recipe that brings any model to normal form; every compile begins with it."""
 
+TRAINING = ("distill", "finetune")
+"""Words that `trivium.tune` takes in a recipe, joined by ``+``, and nothing else does."""
+
 _ORDER: tuple[Preserves, ...] = ("exact", "numeric", "lossy")
 
 
@@ -121,6 +124,12 @@ def read(name_or_path: str) -> Recipe:
     if "+" in name_or_path:
         parts = [read(part) for part in name_or_path.split("+")]
         return Recipe(name_or_path, tuple(step for part in parts for step in part.steps))
+    if name_or_path in TRAINING:
+        raise BadInput(
+            f"{name_or_path} trains, which no pass does",
+            about="--recipe",
+            remedy="use trivium tune, and compile what it writes",
+        )
     recipe: Recipe = plugins.get("trivium.recipes", name_or_path)
     return recipe
 

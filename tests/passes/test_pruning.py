@@ -156,3 +156,5 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(BadInput, match="5:4"):
         recipe.parse('[[pass]]\nname = "prune-n-m"\nn = 5')
     assert recipe.read("prune-2:4").name == "prune-2:4"
+    with pytest.raises(BadInput, match="distill trains, which no pass does; use trivium tune"):
+        recipe.read("prune-2:4+distill")

@@ -16,6 +16,8 @@ from trivium.compiler.model import signature
 from trivium.passes.adaround import AdaRound
 from trivium.passes.prune_magnitude import PruneMagnitude
 from trivium.passes.prune_n_m import PruneNM
+from trivium.passes.prune_sparsegpt import PruneSparseGPT
+from trivium.passes.prune_wanda import PruneWanda
 from trivium.passes.quantization.placement import PLACEMENTS
 from trivium.passes.quantize_dynamic import QuantizeDynamic
 from trivium.passes.quantize_static import QuantizeStatic
@@ -42,6 +44,8 @@ PASSES: dict[str, Any] = {
     "dynamic": lambda feeds: QuantizeDynamic(min_elements=1),
     "adaround": lambda feeds: AdaRound(bits=8, steps=20, calibration=feeds),
     "prune nothing": lambda feeds: PruneMagnitude(sparsity=0.0),
+    "wanda": lambda feeds: PruneWanda(sparsity=0.05, min_elements=1, calibration=feeds),
+    "sparsegpt": lambda feeds: PruneSparseGPT(sparsity=0.05, min_elements=1, calibration=feeds),
     "prune 4:4": lambda feeds: PruneNM(n=4, m=4, min_elements=1),
 }
 

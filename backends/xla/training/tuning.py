@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from trivium.backends.xla.lowering import lower, precise
 from trivium.backends.xla.lowering.lazy import jnp
-from trivium.backends.xla.training import augment, data, losses, optimizers, sparsity, taylor
+from trivium.backends.xla.training import augment, losses, optimizers, sparsity, taylor
+from trivium.backends.xla.training import data as datasets
 from trivium.backends.xla.training.checkpoint import Checkpoint
 from trivium.backends.xla.training.loop import Look, Trained, Trainer, Watch
 from trivium.backends.xla.training.settings import Settings
@@ -22,11 +23,10 @@ from trivium.backends.xla.training.twin import Twin, expose_logits, tap, twin
 from trivium.compiler import files, recipe, shapes
 from trivium.compiler import model as models
 from trivium.compiler.errors import BadInput
-from trivium.compiler.recipe import Applied, Context, Recipe, Step
+from trivium.compiler.recipe import TRAINING, Applied, Context, Recipe, Step
 from trivium.compiler.types import Target, Workload
 
-DISTILL, FINETUNE = "distill", "finetune"
-"""What a recipe given to `tune` may name besides recipes, joined by ``+``."""
+DISTILL, FINETUNE = TRAINING
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _silent(step: int, steps: int, figures: Mapping[str, float]) -> None:
 
 def tune(
     source: str | os.PathLike[str] | ir.Model,
-    given: Any,
+    data: Any,
     *,
     recipe: str | Recipe = DISTILL,
     out: str | os.PathLike[str] | None = None,
@@ -89,7 +89,7 @@ def tune(
 
     Args:
         source: The model; it is also the teacher unless another is named.
-        given: What to learn from: see `trivium.backends.xla.training.data`.
+        data: What to learn from: see `trivium.backends.xla.training.data`.
         recipe: Recipes and ``distill`` (learn from the teacher) or ``finetune`` (learn from labels
             alone), joined by ``+``. Without either word it distills.
         out: Where to write the model, besides returning it.
@@ -108,7 +108,7 @@ def tune(
     model = _load(source)
     origin = model.clone()
     inputs = models.signature(model)[0]
-    learned = data.read(given, inputs, settings, tokenizer=_tokenizer(source))
+    learned = datasets.read(data, inputs, settings, tokenizer=_tokenizer(source))
     train, held_out = learned.split(settings.validation, settings.seed)
     updates = settings.steps or max(1, int(settings.epochs * max(1, train.count // settings.batch)))
     shortened, schedule = sparsity.divided(chosen, settings.gradual, updates)
@@ -246,7 +246,7 @@ def _objective(
     model: ir.Model,
     origin: ir.Model,
     taught: ir.Model | None,
-    learned: data.Data,
+    learned: datasets.Data,
     settings: Settings,
 ) -> tuple[losses.Objective, Twin]:
     """The loss, and the twin with whatever the loss looks at among its outputs."""
@@ -305,7 +305,7 @@ def _fingerprint(
     origin: ir.Model,
     chosen: Recipe,
     taught: ir.Model | None,
-    learned: data.Data,
+    learned: datasets.Data,
     settings: Settings,
 ) -> str:
     """All that a tuning depends on; a function given as an option counts by its name."""

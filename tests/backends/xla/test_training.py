@@ -193,7 +193,7 @@ def test_hidden_states_and_attention_maps_are_matched(tmp_path: Path) -> None:
     }
     for name, options in chosen.items():
         tuned = tune(
-            path, {"x": x}, recipe=INT4, steps=4, evaluations=1, batch=16, match="mse", **options
+            path, {"x": x}, recipe=INT4, steps=1, evaluations=1, batch=16, match="mse", **options
         )
         losses[name] = tuned.before.loss
         assert len(tuned.model.graph.outputs) == 1, "what was tapped is not written"
@@ -325,6 +325,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "augment": ({"augment": ("turn",)}, "known: flip, shift"),
     "no images": ({"augment": ("flip",), "steps": 1}, "batch of images"),
     "nothing left": ({"freeze": ("*",)}, "no float or quantized weight"),
+    "neither": ({"recipe": "int8+distil"}, "no recipe named 'distil'"),
     "no recipe": ({"recipe": "int5+distill"}, "no recipe named 'int5'"),
 }
 
