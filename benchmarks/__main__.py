@@ -19,6 +19,14 @@ from benchmarks.harness import Row
 NAMES = (
     *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
     "planning",
+    "startup",
+    "large_model",
+    "onnxruntime_artifacts",
+    "xla_cpu",
+    "openvino_cpu",
+    "quantize",
+    "generation",
+    "streaming_int4",
 )
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"

@@ -112,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_choosing,
         _add_explaining,
         _add_using,
+        _add_generating,
         _add_listing,
     ):
         add(verbs)
@@ -346,6 +347,51 @@ def _add_using(verbs: Verbs) -> None:
     verb = _verb(verbs, "verify", where, "compare an artifact with its reference again")
     _artifact(verb)
     verb.add_argument("--max-error", type=_positive, metavar="X")
+
+
+def _add_generating(verbs: Verbs) -> None:
+    where = "commands.generating"
+    verb = _verb(verbs, "generate", where, "continue prompts with a generator artifact")
+    _artifact(verb)
+    prompt = verb.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-ids", metavar="5,17", help="tokens instead of a text")
+    prompt.add_argument("--batch", metavar="FILE", help="a prompt each line, or JSON if .jsonl")
+    verb.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the output")
+    verb.add_argument(
+        "--logprobs", type=int, nargs="?", const=0, metavar="N", help="and of the N likeliest"
+    )
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument(
+        "--rows", type=_count, default=8, metavar="N", help="texts at once (default 8)"
+    )
+    verb.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="guess tokens from what was said before; the output is the same",
+    )
+
+    verb = _verb(verbs, "serve", "commands.serving", "serve a generator artifact over HTTP")
+    _artifact(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
+    verb.add_argument("--name", help="of the model, for clients (default: the folder's)")
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument("--rows", type=_count, default=8, metavar="N", help="texts at once")
+    verb.add_argument(
+        "--queue", type=_count, default=64, metavar="N", help="requests that may wait"
+    )
+    verb.add_argument("--deadline", type=_positive, default=300.0, metavar="S", help="of a request")
+    verb.add_argument("--speculate", action=argparse.BooleanOptionalAction, default=True)
+    verb.set_defaults(timeout=threading.TIMEOUT_MAX)
 
 
 def _add_listing(verbs: Verbs) -> None:

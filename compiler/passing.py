@@ -43,6 +43,55 @@ class InPieces(Protocol):
         """Return the content in pieces of about ``size`` bytes, each read when it is asked for."""
 
 
+class Striped(Protocol):
+    """A matrix that lies in a file row by row, or column by column.
+
+    Attributes:
+        lies_along: 0 if the file holds one row after another, 1 if one column after another.
+    """
+
+    lies_along: int
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Read some rows (or columns, each as a row of the result) as float32."""
+
+
+def stripes_of(tensor: ir.TensorProtocol) -> Striped:
+    """A stored matrix in stripes; what lies in no file is evaluated once."""
+    made = getattr(tensor, "stripes", None)
+    if made is not None:
+        return made()  # type: ignore[no-any-return]  # those of models.safetensors
+    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype == ir.DataType.FLOAT:
+        return _FileStripes(tensor)
+    return _ArrayStripes(tensor)
+
+
+class _FileStripes:
+    lies_along = 0
+
+    def __init__(self, tensor: ir.ExternalTensor) -> None:
+        self._tensor = tensor
+        self._columns = int(tensor.shape.numpy()[1])
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        offset = (self._tensor.offset or 0) + 4 * start * self._columns
+        count = (stop - start) * self._columns
+        stored = np.fromfile(self._tensor.path, "<f4", count=count, offset=offset)
+        return stored.reshape(stop - start, self._columns)
+
+
+class _ArrayStripes:
+    lies_along = 0
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self._array = _read(tensor)
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return self._array[start:stop]
+
+
 def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:
     """A field of a pass that the command line, recipes and docs offer as an option."""
     metadata = {"help": help, "choices": tuple(choices)}

@@ -34,10 +34,9 @@ class Target:
         base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
             ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
-        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
-            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
-            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
-            collective, and the ``efficiency`` that was measured.
+        interconnect: What `trivium.compiler.links` must know of a torus: the ``links`` of one
+            chip, the length at whose multiples an axis closes into a ring (``rings_of``), ``hop_s``
+            from one chip to the next, ``start_s`` of a collective, and the ``efficiency`` of links.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.

@@ -217,6 +217,12 @@ class ConvertedTensor(ir.LazyTensor):
         """Convert and return whole rows, about ``size`` bytes at a time."""
         import numpy as np
 
+        if not self._transpose and len(self._entry.shape) > 1:
+            stripes, count = self.stripes(), self._entry.shape[0]
+            step = max(1, size // max(4 * math.prod(self._entry.shape[1:]), 1))
+            for first in range(0, count, step):
+                yield stripes.stripe(first, min(first + step, count)).tobytes()
+            return
         mapped = self._mapped()
         rows = mapped.reshape(1) if mapped.ndim == 0 else mapped
         step = max(1, size // max(4 * math.prod(rows.shape[1:]), 1))
@@ -226,6 +232,10 @@ class ConvertedTensor(ir.LazyTensor):
                 # Copied as it lies first, so that it is turned within the cache.
                 block = np.ascontiguousarray(block.T).T
             yield np.array(block, dtype=np.float32, order="C").tobytes()
+
+    def stripes(self) -> Stripes:
+        """The matrix in stripes along the axis in which it lies in the file."""
+        return Stripes(self._entry, 1 if self._transpose else 0)
 
     def _mapped(self) -> np.ndarray[Any, Any]:
         """The stored form, mapped from the file, in the shape of this tensor."""
@@ -243,3 +253,35 @@ class ConvertedTensor(ir.LazyTensor):
                 f"its weights can no longer be read ({error})", about=str(entry.file)
             ) from error
         return stored.T if self._transpose else stored
+
+
+class Stripes:
+    """A stored matrix that is read some rows of the file at a time, as float32.
+
+    Read, not mapped: the pages of a map count towards this process until it is unmapped.
+    """
+
+    def __init__(self, entry: Entry, lies_along: int) -> None:
+        self._entry = entry
+        self.lies_along = lies_along
+
+    def stripe(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        entry = self._entry
+        kind, columns = DTYPES[entry.dtype].numpy(), math.prod(entry.shape[1:])
+        # bfloat16 is the upper half of a float32, which is quicker to make than to convert.
+        half = entry.dtype == "BF16"
+        stored = np.fromfile(
+            entry.file,
+            np.uint16 if half else kind,
+            count=(stop - start) * columns,
+            offset=entry.offset + start * columns * kind.itemsize,
+        )
+        if stored.size != (stop - start) * columns:
+            raise BadInput("its weights end early", about=str(entry.file))
+        if half:
+            wide = stored.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32).reshape(stop - start, columns)
+        return stored.astype(np.float32).reshape(stop - start, columns)

@@ -24,11 +24,15 @@ from trivium.compiler.passing import (
 )
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import layers, linear
+from trivium.passes.quantization.streaming import BlockedWeight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _BITS = (4, 8)
 _BLOCKS = (16, 32, 64, 128, 256, 512)
+
+_STREAMED_BYTES = 4 << 20
+"""From this size on, a weight that lies in a file is quantized when it is written."""
 
 _STRIPE = 1 << 22
 """Elements quantized at a time: temporaries stay small beside the largest weight."""
@@ -41,8 +45,8 @@ class QuantizeWeights(Pass):
     A block is ``block_size`` values along the axis that the product sums over, with a scale of its
     own (and a zero point if asymmetric). This is the form that ONNX Runtime turns into
     MatMulNBits and TensorRT into its weight-only kernels: axis 0 of a [K, N] weight; Gemm's
-    transposed weights are stored the other way round for it. One weight is in memory at a time,
-    and what replaces it is packed.
+    transposed weights are stored the other way round for it. Large weights that lie in a file are
+    quantized when the model is written, one at a time, and never whole in memory.
 
     Left alone: weights smaller than ``min_elements``, which gain nothing; those with NaN or
     infinity; weights that something besides MatMul and Gemm reads, since they would be stored
@@ -112,9 +116,24 @@ class QuantizeWeights(Pass):
     ) -> bool:
         transposed = _transposed(readers[0])
         bits, block_size = self._form(readers[0])
+        name = value.name or "weight"
+        tensor = value.const_value
+        assert tensor is not None
         if sketching():
             shape = value.shape.numpy() if value.shape is not None else ()
             parts = self._outline(shape[::-1] if transposed else shape, bits, block_size)
+        elif (
+            isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
+            and tensor.nbytes >= _STREAMED_BYTES
+        ):
+            parts = BlockedWeight(
+                tensor,
+                transposed=transposed,
+                grid=_grid(bits, self.symmetric),
+                block_size=block_size,
+                symmetric=self.symmetric,
+                name=name,
+            ).tensors()
         else:
             array = weight(value)
             assert array is not None
@@ -122,8 +141,6 @@ class QuantizeWeights(Pass):
                 bad = array.size - int(np.count_nonzero(np.isfinite(array)))
                 return decline(value, f"{bad} of {array.size} values are NaN or infinite")
             parts = self._blocks(array.T if transposed else array, bits, block_size)
-            del array
-        name = value.name or "weight"
         stored = [
             initializer(graph, part, f"{name}_{what}")
             for what, part in zip(("quantized", "scale", "zero_point"), parts, strict=False)

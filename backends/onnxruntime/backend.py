@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.onnxruntime import generating
+from trivium.backends.onnxruntime import genai, generating
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
@@ -38,10 +39,12 @@ class OnnxRuntimeBackend:
     def legalize(self, target: Target) -> Sequence[ir.passes.PassBase]:
         # Otherwise normal form is what it runs best: Attention, RotaryEmbedding, RMSNormalization
         # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
-        # Q/DQ is what its own fusions look for.
+        # Q/DQ is what its own fusions look for, except where they would copy all weights.
+        from trivium.backends.onnxruntime.blocked_products import PackBlockedProducts
+        from trivium.passes.remove_dead_code import RemoveDeadCode
         from trivium.passes.widen_attention_mask import WidenAttentionMask
 
-        return (WidenAttentionMask(),)
+        return (WidenAttentionMask(), PackBlockedProducts(), RemoveDeadCode())
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
@@ -57,13 +60,20 @@ class OnnxRuntimeBackend:
         inputs, outputs = models.signature(model)
         if request.generator is not None:
             generating.default_to_last(model, request.generator)
-        files = models.save(model, request.folder / "model.onnx")
+        # A generator's weights are read by two graphs, and so are never inside of one.
+        external = True if request.generator is not None else None
+        files = models.save(model, request.folder / "model.onnx", external=external)
+        notes = []
+        if request.generator is not None:
+            problem = genai.write(request.folder, files[0].name, request.generator)
+            notes += [f"no genai_config.json: {problem}"] if problem else []
         without = _unwanted_fusions(model)
         _session(str(files[0]), without)
         return Built(
             programs=(Program("main", "model.onnx", inputs, outputs),),
             weights=files[1].name if len(files) > 1 else None,
             details={"disabled_optimizers": without},
+            notes=tuple(notes),
         )
 
     def load(self, artifact: Artifact) -> Executable:
@@ -92,12 +102,26 @@ def _session(path: str, without: Sequence[str]) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if threads := _threads():
+        options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
         )
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         raise BackendFailed(one_line(error), about="onnxruntime") from error
+
+
+def _threads() -> int:
+    """How many threads to ask for; 0 leaves it to ONNX Runtime.
+
+    It starts one for each core of the machine, also where this process is kept to fewer, and the
+    ones in excess spin against those that compute.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 class OnnxRuntimeExecutable:
