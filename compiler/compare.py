@@ -116,11 +116,14 @@ def compare(
     found = _targets(targets, max_chips, prices or {})
     pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
     candidates: list[Candidate] = []
+    chosen_recipes = [recipe.read(one) if isinstance(one, str) else one for one in recipes]
+    read = {one.name: one for one in chosen_recipes}
+    if len(read) < len(chosen_recipes):
+        raise BadInput("two recipes of one name", about="--recipe", remedy="rename one of them")
     for batch in batches or (None,):
         progress("reading the model")
         source = _Source.read(path, shape, calibration, seed, batch)
-        for given in recipes:
-            chosen = recipe.read(given) if isinstance(given, str) else given
+        for chosen in read.values():
             judged = quality(chosen) if quality is not None else None
             for optimized in _optimized(source, chosen, pairs, progress):
                 for target, name in optimized.pairs:
@@ -128,7 +131,9 @@ def compare(
                     made = _candidate(optimized, target, name, chosen.name)
                     candidates.append(replace(made, batch=batch or 1, quality=judged))
     if measure:
-        timed = _Measurement(path, shape, calibration, seed, options or {}, progress, bool(batches))
+        timed = _Measurement(
+            path, shape, calibration, seed, options or {}, progress, read, bool(batches)
+        )
         candidates = [timed.of(candidate) for candidate in candidates]
     return Comparison(path.name, source.workload, tuple(sorted(candidates, key=_order)))
 
@@ -317,6 +322,7 @@ class _Measurement:
     seed: int
     options: Mapping[str, str]
     progress: Progress
+    recipes: Mapping[str, Recipe]
     batched: bool = False
 
     def of(self, candidate: Candidate) -> Candidate:
@@ -331,7 +337,7 @@ class _Measurement:
                     candidate.target,
                     out=Path(folder) / "artifact",
                     backend=candidate.backend,
-                    recipe=candidate.recipe,
+                    recipe=self.recipes[candidate.recipe],
                     shape=self._shape(candidate),
                     calibration=self.calibration,
                     seed=self.seed,
