@@ -110,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_compiling,
         _add_tuning,
         _add_choosing,
+        _add_calibrating,
         _add_explaining,
         _add_using,
         _add_generating,
@@ -323,6 +324,28 @@ def _add_explaining(verbs: Verbs) -> None:
     verb.add_argument("--seed", type=int, default=0)
 
 
+def _add_calibrating(verbs: Verbs) -> None:
+    where = "commands.calibrating"
+    verb = _verb(verbs, "calibrate", where, "fit the predictions to this hardware, or to a file")
+    verb.add_argument("target", metavar="TARGET", help="see: trivium targets")
+    verb.add_argument(
+        "--budget", type=_seconds, default=60.0, metavar="60s", help="for measuring (default 60s)"
+    )
+    verb.add_argument(
+        "--from", dest="points", metavar="FILE.csv", help="published GEMMs: m,n,k,latency_us"
+    )
+    verb.add_argument(
+        "-o", "--out", metavar="FILE.toml", help="default: the user's file, which predictions read"
+    )
+
+    verb = _verb(verbs, "track", where, "show how right predictions have been (bench --track FILE)")
+    verb.add_argument("file", metavar="FILE", help="that bench --track wrote")
+
+
+def _seconds(text: str) -> float:
+    return _positive(text.removesuffix("s"))
+
+
 def _add_using(verbs: Verbs) -> None:
     where = "commands.using"
     verb = _verb(verbs, "run", where, "run an artifact once")
@@ -334,6 +357,7 @@ def _add_using(verbs: Verbs) -> None:
     _artifact(verb)
     verb.add_argument("--runs", type=_count, default=100, help="at most (default 100)")
     verb.add_argument("--seconds", type=_positive, default=5.0, help="at most (default 5)")
+    verb.add_argument("--track", metavar="FILE", help="add the run to a file: see trivium track")
 
     verb = _verb(verbs, "eval", where, "measure quality on data")
     verb.add_argument("path", metavar="MODEL|ARTIFACT")

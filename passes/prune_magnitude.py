@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trivium.compiler.passing import Pass, changed, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import weights
+from trivium.passes.quantization import layers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,7 +36,7 @@ class PruneMagnitude(Pass):
         "layer", "Whether the share holds for each layer or over all", choices=("layer", "global")
     )
     min_elements: int = option(256, "Weights with fewer elements stay as they are")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:

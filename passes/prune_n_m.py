@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trivium.compiler.passing import Pass, changed, decline, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import summed_axis, weights
+from trivium.passes.quantization import layers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +34,7 @@ class PruneNM(Pass):
     n: int = option(2, "Weights kept of each group")
     m: int = option(4, "Weights in a group")
     min_elements: int = option(256, "Weights with fewer elements stay as they are")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:

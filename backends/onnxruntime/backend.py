@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from trivium.compiler.cost import Profile
+
 
 class OnnxRuntimeBackend:
     """ONNX Runtime's CPU execution provider."""
@@ -55,6 +57,11 @@ class OnnxRuntimeBackend:
         from trivium.backends.onnxruntime import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.onnxruntime import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)

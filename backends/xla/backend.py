@@ -27,6 +27,8 @@ from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo,
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from trivium.compiler.cost import Profile
+
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
 _OPTIONS = ("partition", "precision", "deadline")
@@ -64,6 +66,11 @@ class XlaBackend:
         from trivium.backends.xla import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.xla import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         target = request.target

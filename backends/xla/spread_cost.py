@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from trivium.backends.xla import sharding
 from trivium.compiler import links
-from trivium.compiler.cost import Profile, energy, interval, price, roofline
+from trivium.compiler.calibration import interval
+from trivium.compiler.cost import Profile, energy, price, roofline
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.machines import collectives as machines
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Work, Workload
