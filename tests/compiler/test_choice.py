@@ -73,7 +73,7 @@ def test_a_sketch_reads_no_weight(
     def never(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("trivium.passes.quantize_weights.weight", never)
+    monkeypatch.setattr("trivium.passes.quantization.storing.matrix", never)
     monkeypatch.setattr("trivium.passes.quantization.insertion.weight", never)
     monkeypatch.setattr("trivium.passes.convert_float.weight", never)
     for name in ("int4", "int8", "fp16", "prune-50"):
