@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks.harness import Row
 
 NAMES = (
+    *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
+    "planning",
     "startup",
     "large_model",
     "onnxruntime_artifacts",

@@ -97,7 +97,8 @@ def llama(folder: Path) -> Path:
             "mlp.down_proj": [width, inner],
         }.items():
             shapes[f"{at}.{name}.weight"] = shape
-    header, offset = {}, 0
+    header: dict[str, Any] = {}
+    offset = 0
     for name, shape in shapes.items():
         size = 2
         for dim in shape:
@@ -107,7 +108,12 @@ def llama(folder: Path) -> Path:
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + offset)
+        start = 8 + len(text)
+        stream.truncate(start + offset)
+        # A first number of its own for each: no two weights are the same.
+        for index, row in enumerate(header.values()):
+            stream.seek(start + row["data_offsets"][0])
+            stream.write((0x3F80 + index).to_bytes(2, "little"))
     return folder
 
 

@@ -120,11 +120,14 @@ def compare(
     elsewhere = measurements.read(measured) if measured is not None else None
     sha256 = models.content_hash(path) if elsewhere is not None else ""
     candidates: list[Candidate] = []
+    chosen_recipes = [recipe.read(one) if isinstance(one, str) else one for one in recipes]
+    read = {one.name: one for one in chosen_recipes}
+    if len(read) < len(chosen_recipes):
+        raise BadInput("two recipes of one name", about="--recipe", remedy="rename one of them")
     for batch in batches or (None,):
         progress("reading the model")
         source = _Source.read(path, shape, calibration, seed, batch)
-        for given in recipes:
-            chosen = recipe.read(given) if isinstance(given, str) else given
+        for chosen in read.values():
             judged = quality(chosen) if quality is not None else None
             for optimized in _optimized(source, chosen, pairs, progress):
                 for target, name in optimized.pairs:
@@ -135,7 +138,9 @@ def compare(
                         made = replace(made, measured=known)
                     candidates.append(replace(made, batch=batch or 1, quality=judged))
     if measure:
-        timed = _Measurement(path, shape, calibration, seed, options or {}, progress, bool(batches))
+        timed = _Measurement(
+            path, shape, calibration, seed, options or {}, progress, read, bool(batches)
+        )
         candidates = [timed.of(candidate) for candidate in candidates]
     return Comparison(path.name, source.workload, tuple(sorted(candidates, key=_order)))
 
@@ -324,6 +329,7 @@ class _Measurement:
     seed: int
     options: Mapping[str, str]
     progress: Progress
+    recipes: Mapping[str, Recipe]
     batched: bool = False
 
     def of(self, candidate: Candidate) -> Candidate:
@@ -338,7 +344,7 @@ class _Measurement:
                     candidate.target,
                     out=Path(folder) / "artifact",
                     backend=candidate.backend,
-                    recipe=candidate.recipe,
+                    recipe=self.recipes[candidate.recipe],
                     shape=self._shape(candidate),
                     calibration=self.calibration,
                     seed=self.seed,

@@ -174,7 +174,10 @@ def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> tup
         value = figure(candidate, known)
         if value is None:
             change = _change(candidate, known, None, limit)
-            return f"{known.label} unknown, so the limit cannot be checked{_why(candidate)}", change
+            return (
+                f"{known.label} unknown, so the limit cannot be checked{_why(candidate, known)}",
+                change,
+            )
         wrong = value < limit if known.more_is_better else value > limit
         if wrong:
             times = limit / value if known.more_is_better else value / limit if limit else 0.0
@@ -186,12 +189,14 @@ def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> tup
             )
             return problem, _change(candidate, known, value, limit)
     if figure(candidate, aim) is None:
-        return f"{aim.label} unknown{_why(candidate)}", ""
+        return f"{aim.label} unknown{_why(candidate, aim)}", ""
     return "", ""
 
 
 def _change(candidate: Candidate, known: Figure, value: float | None, wanted: float) -> str:
     """What would bring a figure to what is wanted."""
+    if value is not None and abs(value - wanted) <= 0.005 * abs(wanted):
+        return ""  # as good as the best, or all but
     if known.key == "usd_per_million":
         return whatif.cheaper(candidate, wanted)
     if value is None or not wanted:
@@ -207,10 +212,21 @@ def _change(candidate: Candidate, known: Figure, value: float | None, wanted: fl
     return ""
 
 
-def _why(candidate: Candidate) -> str:
+_REASON = {"usd_per_million": "price", "energy_per_sample_j": "power", "watts": "power"}
+"""The word by which a note is the reason why a figure is unknown."""
+
+
+def _why(candidate: Candidate, known: Figure) -> str:
+    if known.key == "drop":
+        reason = (candidate.quality or {}).get("reason", "the recipe was not evaluated")
+        return f": {reason}"
     notes = (candidate.estimate or Estimate(None)).notes
     reasons = [note for note in notes if note.startswith(("no published", "not predicted"))]
-    return f": {reasons[0]}" if reasons else ""
+    word = _REASON.get(known.key, "")
+    named = [note for note in reasons if word in note]
+    if word and not named and candidate.estimate and candidate.estimate.seconds is not None:
+        return f": no published {word} of {candidate.target.name}"
+    return f": {(named or reasons)[0]}" if reasons else ""
 
 
 def _judged(

@@ -16,7 +16,7 @@ from trivium.compiler.types import Candidate
 BOTTLENECK = {
     "compute": "its arithmetic",
     "memory": "its memory",
-    "launch": "starting its kernels",
+    "launch": "starting calls and kernels",
     "link": "its links",
 }
 

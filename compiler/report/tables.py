@@ -112,6 +112,9 @@ def _price(row: dict[str, Any]) -> str:
     return units.UNKNOWN if price is None else units.digits(price)
 
 
+PLANNED = 30
+"""How many candidates of a plan a terminal shows; the rest is in JSON and on the page."""
+
 TERMINAL = (
     Column("target", lambda row: str(row["target"]), "left"),
     Column("backend", lambda row: str(row["backend"]), "left"),
@@ -139,17 +142,22 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
     if console is None and not out.is_terminal:
         out = Console(width=200)  # a pipe has no width to keep to
     rows = document(result)["rows"]
+    feasible = [row for row in rows if row["feasible"]]
+    most = PLANNED if isinstance(result, Plan) else len(feasible)
     columns = [column for column in TERMINAL if column.wanted(rows, out.width)]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.heading, justify=column.justify, no_wrap=True)
-    for row in rows:
-        if row["feasible"]:
-            cells = [column.show(row) for column in columns]
-            table.add_row(*cells, style="bold" if row.get("verdict") == "best" else "")
+    for row in feasible[:most]:
+        cells = [column.show(row) for column in columns]
+        table.add_row(*cells, style="bold" if row.get("verdict") == "best" else "")
     out.print(table)
+    if len(feasible) > most:
+        out.print(Text(f"and {len(feasible) - most} more that can run it: --json or --html"))
     refused = [row for row in rows if not row["feasible"]]
-    if refused:
+    if len(refused) > most:
+        out.print(Text(f"{len(refused)} cannot run it: --json or --html says why", style="dim"))
+    elif refused:
         out.print()
         for row in refused:
             more = len(row["refusals"]) - 1
@@ -157,9 +165,8 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
             out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
     if isinstance(result, Plan):
         out.print()
-        for row in rows:
-            if row["feasible"]:
-                where = f"{row['target']}/{row['backend']}/{row['recipe']}"
-                where += f"/batch {row['batch']}" if row["batch"] != 1 else ""
-                change = f"; would win if {row['wins_if']}" if row["wins_if"] else ""
-                out.print(Text(f"{where}: {row['verdict']}{change}"))
+        for row in feasible[:most]:
+            where = f"{row['target']}/{row['backend']}/{row['recipe']}"
+            where += f"/batch {row['batch']}" if row["batch"] != 1 else ""
+            change = f"; would win if {row['wins_if']}" if row["wins_if"] else ""
+            out.print(Text(f"{where}: {row['verdict']}{change}"))

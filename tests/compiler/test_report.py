@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -173,7 +174,10 @@ def test_headings_sort_both_ways_with_the_unknown_last(page: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tab", ["throughput", "memory", "energy", "cost", "roofline", "latency"])
+@pytest.mark.parametrize(
+    "tab",
+    ["throughput", "memory", "energy", "cost", "pareto", "operators", "roofline", "latency"],
+)
 def test_each_tab_draws_its_chart(page: Any, tab: str) -> None:
     click(page, f"[data-tab={tab}]")
     assert find(page, f"[data-tab={tab}]")[0].get_attribute("aria-selected") == "true"
@@ -186,6 +190,39 @@ def test_each_tab_draws_its_chart(page: Any, tab: str) -> None:
             ".dispatchEvent(new MouseEvent('click', {bubbles: true}))"
         )
         assert page.find_element("id", "caption").text != before
+
+
+@pytest.mark.slow
+def test_the_front_is_drawn_against_what_the_reader_picks(page: Any, result: Comparison) -> None:
+    click(page, "[data-tab=pareto]")
+    click(page, "[data-axis=memory]")
+    memory = len(find(page, "#chart circle"))
+    known = [r for r in result.rows if r["feasible"] and r["latency_s"] and r["memory_bytes"]]
+    assert memory == len(known)
+    click(page, "[data-axis=cost]")
+    assert 0 < len(find(page, "#chart circle")) < memory
+    click(page, "[data-tab=latency]")
+
+
+@pytest.mark.slow
+def test_the_operators_are_those_of_the_candidate_picked(page: Any, result: Comparison) -> None:
+    click(page, "[data-tab=operators]")
+    shown = page.execute_script("return state.chosen")
+    row = result.rows[shown]
+    assert len(find(page, "#chart svg g")) == min(20, len(row["operators"]))
+    click(page, "[data-tab=latency]")
+
+
+@pytest.mark.slow
+def test_a_price_of_the_readers_own_changes_the_cost(page: Any) -> None:
+    page.execute_script("document.querySelector('tr.candidate:not(.refused)').click()")
+    field = find(page, "td.detail .pricing input")[0]
+    before = find(page, "td.detail .pricing")[0].text
+    page.execute_script(
+        "arguments[0].value = '123'; arguments[0].dispatchEvent(new Event('input'))", field
+    )
+    assert find(page, "td.detail .pricing")[0].text != before
+    page.execute_script("document.querySelector('tr.candidate:not(.refused)').click()")
 
 
 @pytest.mark.slow
@@ -234,6 +271,42 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
 
 
 @pytest.mark.slow
+def test_an_explanation_draws_its_layers_path_and_mixes(
+    page: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from trivium.compiler.explain.run import explain
+    from trivium.models import digits
+
+    folder = tmp_path_factory.mktemp("explained")
+    *_, images, labels = digits.split()
+    np.savez(folder / "test.npz", image=images[:64], y=labels[:64])
+    made = explain(
+        digits.cnn(), ["int8", "prune-50"], folder / "test.npz", max_drop=0.05, objective="memory"
+    ).to_json()
+    file = folder / "explained.html"
+    file.write_text(report.explanation_html(made), encoding="utf-8")
+    here = page.current_url
+    page.get(file.as_uri())
+    layers = made["recipes"][0]["layers"]
+    assert len(find(page, "#layers svg g")) == len([x for x in layers if x["output_noise"]])
+    assert len(find(page, "#path circle")) > len(layers)
+    assert len(find(page, "#front circle")) == len(made["budget"]["front"])
+    assert len(find(page, "#table tbody tr.candidate")) == len(layers)
+    click(page, "[data-recipe='1']")
+    assert len(find(page, "#table tbody tr.candidate")) == len(made["recipes"][1]["layers"])
+    click(page, "#table tbody tr.candidate")
+    assert find(page, "td.detail td")
+    carried = page.execute_script("return JSON.parse(document.getElementById('data').textContent)")
+    assert carried == json.loads(json.dumps(made))
+    size = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 375
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.get_log("browser") == []
+    page.get(here)
+
+
+@pytest.mark.slow
 def test_nothing_was_logged_injected_or_requested(page: Any) -> None:
     assert page.execute_script("return window.hacked") is None
     assert page.get_log("browser") == []
@@ -243,4 +316,6 @@ def test_nothing_was_logged_injected_or_requested(page: Any) -> None:
         if json.loads(entry["message"])["message"]["method"] == "Network.requestWillBeSent"
     ]
     assert all(url.startswith(("file:", "data:")) for url in requested)
-    assert len([url for url in requested if url.startswith("file:")]) == 1
+    # The pages themselves, and nothing besides.
+    opened = {url for url in requested if url.startswith("file:")}
+    assert all(url.endswith(("/report.html", "/explained.html")) for url in opened)

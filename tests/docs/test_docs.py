@@ -73,6 +73,22 @@ def test_the_page_on_quantization(folder: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/explain.md", "docs/planning.md"])
+def test_commands_of_the_guides_work(page: str, folder: Path) -> None:
+    (folder / "prices.toml").write_text("".join(blocks("docs/planning.md", "toml")))
+    (folder / "own.py").write_text("".join(blocks("docs/explain.md", "python")))
+    lines = "\n".join(blocks(page, "console")).splitlines()
+    commands = [line[2:] for line in lines if line.startswith("$ trivium ")]
+    commands = [command for command in commands if "CHECKPOINT" not in command]
+    commands += ["trivium eval model.onnx --data test.npz --metric map:own.py:worst"]
+    assert len(commands) > 4
+    for command in commands:
+        words = [sys.executable, "-m", "trivium.compiler.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
 def test_generated_pages_and_links() -> None:
     done = subprocess.run(
         [sys.executable, "docs/generate.py", "--check"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trivium.compiler import cli, recipe
@@ -59,7 +59,7 @@ def test_all_layers_switched_are_the_recipe_exactly(study: Study, number: int) -
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mix_as_a_graph_is_what_its_switches_say(study: Study, seed: int) -> None:
     rng = np.random.default_rng(seed)
     chosen = {name: int(rng.choice([0, *numbers])) for name, numbers in study.layers}
@@ -145,7 +145,7 @@ def test_no_noise_is_no_decibels() -> None:
     st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.001, 1)), min_size=1, max_size=7),
     st.floats(0.01, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_knapsack_is_exact(items: list[tuple[float, float]], limit: float) -> None:
     """Two recipes for each layer: the second gains half as much for a third of the noise."""
     gains = {(f"l{i}", n): g / n for i, (g, _) in enumerate(items) for n in (1, 2)}
