@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from trivium.compiler import targets
-from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.decoder_cost import Costs, Speculation, predict
+from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.types import Workload
 
 LOAD = Workload(prompt_tokens=64, new_tokens=64)
