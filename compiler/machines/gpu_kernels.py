@@ -63,11 +63,6 @@ class GpuMachine:
     pace: float = 1.0
     narrow_pace: float = 1.0
 
-    @property
-    def measured(self) -> bool:
-        """Whether products were measured on the device itself."""
-        return self.calibrations["product"].scope == "device"
-
     def time(
         self, kernels: Sequence[Kernel], target: Target, context: Context
     ) -> tuple[list[KernelTime | None], tuple[str, ...]]:
