@@ -11,7 +11,6 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -151,19 +150,14 @@ def attentions(phase: str) -> tuple[Table, ...]:
 
 # --- NeuSight: float32 kernels of PyTorch --------------------------------------------------------
 
-NEUSIGHT_TARGETS = {
-    "NVIDIA H100 80GB HBM3": "nvidia-h100-sxm",
-    "NVIDIA A100 80GB PCIe": "nvidia-a100-80-pcie",
-}
-
 
 @cache
 def neusight_target(device: str) -> Target:
-    """A device of NeuSight's by its own description, completed with ours where we have it."""
+    """A device of NeuSight's by its own description."""
     file = folder() / f"measured/neusight/device_configs/{device.replace(' ', '_')}.json"
     figures = json.loads(file.read_text())
     float32 = figures.get("SingleFLOPs", figures.get("SingleFLOPsMM", 0)) * 1e9
-    described = Target(
+    return Target(
         name=device.replace(" ", "-").lower(),
         family="gpu",
         backends=("xla",),
@@ -174,12 +168,6 @@ def neusight_target(device: str) -> Target:
         on_chip_parts=2 if "A100" in device or "H100" in device else 1,
         clock_hz=figures["Freq"] * 1e6,
         units=figures["Num_Sm"],
-    )
-    ours = NEUSIGHT_TARGETS.get(device)
-    return (
-        replace(described, link_bytes_per_s=targets.find(ours).link_bytes_per_s)
-        if ours
-        else described
     )
 
 

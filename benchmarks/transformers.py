@@ -118,13 +118,10 @@ def _attention(b: _Builder, s: Shape, q: str, k: str, v: str, batch: int, querie
             outputs += ["present_key", "present_value"]
         b.nodes.append(oh.make_node("Attention", inputs, outputs, **attributes))
         return outputs[0]
-    head = s.width // s.heads
-    b.weights["to_heads"] = (TensorProto.INT64, [4])
     split = [
         b.op("Transpose", f"{name}_4d", perm=perm)
         for name, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
     ]
-    del head
     scores = b.op("Mul", b.op("MatMul", split[0], split[1]), "scalar")
     if s.causal:
         scores = b.op("Where", "mask", scores, "scalar")

@@ -150,6 +150,7 @@ def product(
     width: Any = 2.0,
     weight_width: Any = None,
     out_width: Any = 2.0,
+    left_bytes: Any = np.inf,
     left_span: Any = np.inf,
     right_span: Any = np.inf,
 ) -> Parts:
@@ -158,6 +159,8 @@ def product(
     Args:
         width, weight_width, out_width: Bytes of an element of the left and right operand, and of
             the result.
+        left_bytes: What the left operand takes at most; a convolution's is smaller than the matrix
+            that it stands for.
         left_span, right_span: Bytes that pass through the L2 between two uses of the left and of
             the right operand; by default both come from memory. A small result stays in the L2.
     """
@@ -185,10 +188,11 @@ def product(
         found = np.asarray(span, float).reshape(-1, 1) + out
         return np.asarray(np.clip(found / kept - 1.0, 0.0, 0.5) / 0.5)
 
-    reads = (width * m * k * cold(left_span) + right_width * n * k * cold(right_span)) * batch
+    left = np.minimum(width * m * k * batch, np.asarray(left_bytes, float).reshape(-1, 1))
+    reads = left * cold(left_span) + right_width * n * k * batch * cold(right_span)
     memory = (reads + out * cold(out)) / (chip.bandwidth * c["memory"])
 
-    through = batch * (rows * right_width * n * k + columns * width * m * k) + c["write"] * out
+    through = batch * rows * right_width * n * k + columns * left + c["write"] * out
     through = through + np.where(_S > 1, 8.0 * m * n * batch * _S, 0.0)
     on_chip = through / (chip.reference * c["on_chip"] * np.minimum(tiles, 1.0))
 

@@ -63,11 +63,6 @@ class GpuMachine:
     pace: float = 1.0
     narrow_pace: float = 1.0
 
-    @property
-    def measured(self) -> bool:
-        """Whether products were measured on the device itself."""
-        return self.calibrations["product"].scope == "device"
-
     def time(
         self, kernels: Sequence[Kernel], target: Target, context: Context
     ) -> tuple[list[KernelTime | None], tuple[str, ...]]:
@@ -189,6 +184,7 @@ class _Batch:
             width = WIDTHS.get(dtype, 2.0)
             activations = np.array([2.0 * kernel.activation_bytes for _, kernel in waiting])
             weights = np.array([kernel.weight_bytes for _, kernel in waiting])
+            written = np.array([kernel.written_bytes for _, kernel in waiting])
             right = np.where(weights > 0, self.context.held_bytes, activations)
             # Weights that are stored narrower than they are multiplied are read as stored.
             stored = np.where(weights > 0, weights / np.maximum(n * k * batch, 1.0), width)
@@ -202,7 +198,8 @@ class _Batch:
                 batch=batch,
                 width=width,
                 weight_width=np.minimum(stored, width),
-                out_width=min(max(width, 2.0), 4.0),
+                out_width=np.minimum(written / np.maximum(m * n * batch, 1.0), 4.0),
+                left_bytes=np.array([kernel.read_bytes or np.inf for _, kernel in waiting]),
                 left_span=activations,
                 right_span=right,
             )
@@ -236,7 +233,8 @@ class _Batch:
             return kernel.weight_bytes + kernel.activation_bytes * share
         narrow = WIDTHS.get(next(iter(kernel.dense), ""), 2.0)
         operands = sum(
-            product.batch * (product.m * product.k * narrow + product.m * product.n * 2.0)
+            min(product.batch * product.m * product.k * narrow, kernel.read_bytes)
+            + min(product.batch * product.m * product.n * 4.0, kernel.written_bytes)
             for product in kernel.products
         )
         return kernel.weight_bytes + operands * share
