@@ -15,6 +15,7 @@ from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
+from trivium.targets.host import detect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +102,9 @@ def _session(path: str, without: Sequence[str]) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # By default it counts the cores of the machine, whichever this process may use: threads
+    # without a core of their own only wait for one another.
+    options.intra_op_num_threads = detect().cores
     try:
         return ort.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
