@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.onnxruntime import genai, generating
+from trivium.backends.onnxruntime.shared_cache import share_caches
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
@@ -58,14 +59,19 @@ class OnnxRuntimeBackend:
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)
-        if request.generator is not None:
-            generating.default_to_last(model, request.generator)
+        generator = request.generator
+        if generator is not None:
+            generating.default_to_last(model, generator)
+            # Caches that the source has among its inputs stay as it has them.
+            if not any(cache.past in f for cache in generator.caches for f in request.samples):
+                generator = share_caches(model, generator)
+            inputs, outputs = models.signature(model)
         # A generator's weights are read by two graphs, and so are never inside of one.
-        external = True if request.generator is not None else None
+        external = True if generator is not None else None
         files = models.save(model, request.folder / "model.onnx", external=external)
         notes = []
-        if request.generator is not None:
-            problem = genai.write(request.folder, files[0].name, request.generator)
+        if generator is not None:
+            problem = genai.write(request.folder, files[0].name, generator)
             notes += [f"no genai_config.json: {problem}"] if problem else []
         without = _unwanted_fusions(model)
         _session(str(files[0]), without)
@@ -74,6 +80,7 @@ class OnnxRuntimeBackend:
             weights=files[1].name if len(files) > 1 else None,
             details={"disabled_optimizers": without},
             notes=tuple(notes),
+            generator=generator,
         )
 
     def load(self, artifact: Artifact) -> Executable:

@@ -50,26 +50,62 @@ class OnnxRuntimeDecoder(SlotDecoder):
     def _empty(self, rows: int, capacity: int) -> list[Any]:
         import numpy as np
 
-        length = capacity if self.generator.form == "static" else 0
+        length = 0 if self.generator.form == "growing" else capacity
         return [
             _value(np.zeros(cache.sized(rows, length), numpy_dtype(cache.dtype)))
             for cache in self.generator.caches
         ]
 
     def _call(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
+        if self.generator.form == "shared" and _several_after_others(self.generator, feeds):
+            return self._one_by_one(feeds, buffers)
+        return self._call_once(feeds, buffers)
+
+    def _one_by_one(
+        self, feeds: Mapping[str, Array], buffers: list[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Several new tokens of several rows after others, which GroupQueryAttention lacks."""
+        import numpy as np
+
+        made = self.generator
+        tokens, mask = feeds[made.tokens], feeds[made.mask or ""]
+        wanted = {int(i) for i in feeds[made.chosen]} if made.chosen else None
+        found = []
+        for column in range(tokens.shape[1]):
+            end = mask.shape[1] - tokens.shape[1] + column + 1
+            one = dict(feeds)
+            one[made.tokens] = tokens[:, column : column + 1]
+            one[made.mask or ""] = mask[:, :end]
+            if made.positions is not None:
+                one[made.positions] = feeds[made.positions][:, column : column + 1]
+            if made.chosen is not None:
+                one[made.chosen] = np.array([0], np.int64)
+            logits, buffers = self._call_once(one, buffers)
+            if wanted is None or column in wanted:
+                found.append(logits)
+        kept = found if made.chosen or made.kept == "all" else found[-1:]
+        return np.concatenate(kept, axis=1), buffers
+
+    def _call_once(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, _value(array.astype(self._dtypes[name], copy=False)))
         for cache, buffer in zip(self.generator.caches, buffers, strict=True):
             binding.bind_ortvalue_input(cache.past, buffer)
-        for name in (self.generator.logits, *(c.present for c in self.generator.caches)):
-            binding.bind_output(name)
+        binding.bind_output(self.generator.logits)
+        in_place = self.generator.form == "shared"
+        for cache, buffer in zip(self.generator.caches, buffers, strict=True):
+            if in_place:
+                binding.bind_ortvalue_output(cache.present, buffer)
+            else:
+                binding.bind_output(cache.present)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises a dozen kinds without a common base
             raise BackendFailed(one_line(error), about="onnxruntime") from error
         logits, *after = binding.get_outputs()
-        return logits.numpy(), after
+        # Buffers stay those that were given: what comes back does not own their memory.
+        return logits.numpy(), buffers if in_place else after
 
     def _arrange(
         self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[int, int]], slots: Array
@@ -79,8 +115,9 @@ class OnnxRuntimeDecoder(SlotDecoder):
         arranged = []
         for index, cache in enumerate(self.generator.caches):
             held = [own[index].numpy() for own in buffers]
-            static = self.generator.form == "static"
-            length = held[0].shape[cache.length_axis] if static else slots.shape[1]
+            fixed = self.generator.form != "growing"
+            room = max(own.shape[cache.length_axis] for own in held)
+            length = room if fixed else slots.shape[1]
             new = np.zeros(cache.sized(len(places), length), held[0].dtype)
             rows = np.moveaxis(new, (cache.batch_axis, cache.length_axis), (0, 1))
             for row, (source, place) in enumerate(places):
@@ -89,6 +126,11 @@ class OnnxRuntimeDecoder(SlotDecoder):
                 rows[row, : slots.shape[1]][wanted] = old[place, slots[row][wanted]]
             arranged.append(_value(new))
         return arranged
+
+
+def _several_after_others(generator: Generator, feeds: Mapping[str, Array]) -> bool:
+    rows, new = feeds[generator.tokens].shape
+    return rows > 1 and new > 1 and feeds[generator.mask or ""].shape[1] > new
 
 
 _NUMPY = {
