@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 CONTEXTS = (128, 512)
 PREFILL = 512
@@ -37,7 +38,7 @@ def main(engine: str, model: str) -> None:
     for context in CONTEXTS:
         feed = reset()
         feed(prompt[:context])
-        times = [_timed(lambda: feed([7])) for _ in range(TOKENS)]
+        times = [_timed(partial(feed, [7])) for _ in range(TOKENS)]
         figures[f"decode{context}_s"] = sorted(times)[len(times) // 2]
     figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(figures))
@@ -84,7 +85,7 @@ def _genai(folder: str) -> Callable[[], Feed]:
 def _llama(path: str) -> Callable[[], Feed]:
     import llama_cpp
 
-    llama_cpp.llama_log_set(_QUIET(llama_cpp), None)
+    llama_cpp.llama_log_set(_quiet(llama_cpp), None)
     model_parameters = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(path.encode(), model_parameters)
     parameters = llama_cpp.llama_context_default_params()
@@ -106,7 +107,7 @@ def _llama(path: str) -> Callable[[], Feed]:
     return reset
 
 
-def _QUIET(llama_cpp: object) -> object:
+def _quiet(llama_cpp: object) -> object:
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # type: ignore[attr-defined]
     _kept.append(quiet)
     return quiet

@@ -130,7 +130,7 @@ class OnnxRuntimeDecoder(SlotDecoder):
 
 def _several_after_others(generator: Generator, feeds: Mapping[str, Array]) -> bool:
     rows, new = feeds[generator.tokens].shape
-    return rows > 1 and new > 1 and feeds[generator.mask or ""].shape[1] > new
+    return bool(rows > 1 and new > 1 and feeds[generator.mask or ""].shape[1] > new)
 
 
 _NUMPY = {

@@ -110,7 +110,7 @@ class _Counts:
             self._made.append(node)
             return node.outputs[0]
 
-        def stored(value: int, dtype: type[np.signedinteger]) -> ir.Value:  # type: ignore[type-arg]
+        def stored(value: int, dtype: type[np.signedinteger]) -> ir.Value:
             return initializer(graph, np.array([value], dtype), f"cache.{value}.{dtype.__name__}")
 
         self._made: list[ir.Node] = []
