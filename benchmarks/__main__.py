@@ -23,7 +23,11 @@ NAMES = (
     "xla_cpu",
     "openvino_cpu",
     "quantize",
+    "generation",
     "streaming_int4",
+    *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
+    "planning",
+    "engines",
 )
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"

@@ -76,7 +76,7 @@ def write(folder: Path, name: str) -> Path:
     rng = np.random.default_rng(0)
     normal = (rng.standard_normal(_PIECE, np.float32) * 0.02).view(np.uint32)
     block = (normal >> 16).astype(np.uint16)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, entries in enumerate(shards):
         file = "model.safetensors"
         if len(shards) > 1:

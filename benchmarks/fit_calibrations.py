@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tomli_w
 
-from benchmarks import fitting, formulas, measured
+from benchmarks import fitting, formulas, measured, whole
 from trivium.compiler.calibration import Calibration, spread_of
 
 FOLDER = Path(__file__).parents[1] / "targets" / "calibrations"
@@ -83,16 +84,66 @@ JOBS: Mapping[str, Job] = {
 
 PRIORS: Mapping[str, Mapping[str, Calibration]] = {
     "tpu": {
-        "collective_torus": Calibration(
-            {"quick_base_s": 2e-6, "quick_hop_s": 1e-6, "bulk_efficiency": 0.85},
+        "engine_xla": Calibration(
+            {"first_s": 1e-4},
             0.5,
-            "a prior: one microsecond a hop, 85% of the links' rate; nothing was measured on a TPU",
+            "the call's 0.1 ms are a prior",
             "2026-11-23",
             0,
-        )
-    }
+        ),
+    },
+    "gpu": {
+        "engine_xla": Calibration(
+            {"first_s": 5e-5, "pace": 1.15},
+            0.4,
+            "a prior: nothing of XLA was measured on a GPU",
+            "2026-11-23",
+            0,
+        ),
+        "engine_tvm": Calibration(
+            {"first_s": 5e-5, "pace": 2.0},
+            0.9,
+            "a prior for untuned schedules: nothing of TVM was measured on a GPU",
+            "2026-11-23",
+            0,
+        ),
+    },
 }
 """What no published measurement was found for; the wide spread says so."""
+
+TPU_TRAINING = "measured/maxtext_tpu/train_tflops_per_chip.csv"
+
+
+def run_tpu() -> Calibration:
+    """The share of the peak that MaxText reached in training: the median over its models, the
+    spread what generations say of one another. Bandwidth is tpu-recipes' HBM copy on a v6e."""
+    import csv
+
+    shares: dict[str, list[float]] = {}
+    with (measured.folder() / TPU_TRAINING).open() as stream:
+        for row in csv.DictReader(stream):
+            if row["phase"] == "train" and row["mfu_pct"]:
+                shares.setdefault(row["device"], []).append(float(row["mfu_pct"]) / 100.0)
+    middle = {device: float(np.median(values)) for device, values in shares.items()}
+    product = float(np.exp(np.mean(np.log(list(middle.values())))))
+    errors = [
+        float(np.log(value / middle[other]))
+        for device, values in shares.items()
+        for other in middle
+        if other != device
+        for value in values
+    ]
+    count = sum(map(len, shares.values()))
+    # Training is not inference: the spread is that of training, doubled.
+    return Calibration(
+        {"product": product, "memory": 0.83, "vector": 0.02, "on_chip": 8.0},
+        2.0 * spread_of(errors),
+        f"{count} of MaxText's training runs on {', '.join(sorted(shares))} and an HBM copy on "
+        "v6e; no inference on a TPU was measured",
+        datetime.date.today().isoformat(),
+        count,
+    )
+
 
 OUR_NAMES = {
     "nvidia-a100-80gb-pcie": "nvidia-a100-80-pcie",
@@ -130,6 +181,37 @@ def run(name: str) -> dict[str, Calibration]:
     return found
 
 
+ENGINES = {
+    "engine_tensorrt": (
+        whole.tensorrt_bert,
+        "TensorRT's published BERT base and large on an A100, fp16 and int8 (007c347)",
+    ),
+    "engine_tensorrt_llm": (
+        whole.tensorrt_llm,
+        "TensorRT-LLM's published static batches and first tokens on A100, H100, L40S (0.5, 0.6)",
+    ),
+}
+"""What an engine adds to the kernels, over all GPUs; fitted after the kernels."""
+
+
+def run_engine(name: str) -> Calibration:
+    """Fit an engine; the spread is that of groups left out in turn."""
+    rows, what = ENGINES[name]
+    table = whole.table(rows(), whole.shipped)
+    coefficients = whole.fit(table)
+    kept = {key: coefficients[key] for key in whole.ENGINES[table.source].device}
+    today = datetime.date.today().isoformat()
+    basis = f"{len(table)} of {what}"
+    return Calibration(kept, whole.spread_between_groups(table), basis, today, len(table))
+
+
+def _write(files: Mapping[str, Mapping[str, object]]) -> None:
+    for file, tables in files.items():
+        path = FOLDER / f"{file}.toml"
+        before = tomllib.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(tomli_w.dumps(dict(sorted({**before, **tables}.items()))))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Fit, print, and write."""
     reason = measured.why_absent()
@@ -137,19 +219,24 @@ def main(arguments: Sequence[str]) -> int:
         print(f"skipped: {reason}")
         return 0
     files: dict[str, dict[str, object]] = {}
-    for name in arguments or JOBS:
+    for name in [one for one in arguments if one != "tpu"] or [*JOBS, *ENGINES]:
+        if name in ENGINES:
+            _write(files)
+            calibration = run_engine(name)
+            files.setdefault("gpu", {})[name] = calibration.to_toml()
+            print(f"{name:22} {'gpu':22} spread {calibration.spread:.3f}")
+            continue
         for file, calibration in run(name).items():
             if not (FOLDER.parent / "devices" / f"{file}.toml").is_file() and file != "gpu":
                 continue
             files.setdefault(file, {})[name] = calibration.to_toml()
-            print(f"{name:18} {file:22} spread {calibration.spread:.3f}")
+            print(f"{name:22} {file:22} spread {calibration.spread:.3f}")
+    if not arguments or "tpu" in arguments:
+        files.setdefault("tpu", {})["product"] = run_tpu().to_toml()
     for file, priors in PRIORS.items():
         for name, calibration in priors.items():
             files.setdefault(file, {})[name] = calibration.to_toml()
-    for file, tables in files.items():
-        path = FOLDER / f"{file}.toml"
-        before = tomllib.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(tomli_w.dumps(dict(sorted({**before, **tables}.items()))))
+    _write(files)
     return 0
 
 

@@ -147,3 +147,14 @@ def spread_between(
         others = [one for at, one in enumerate(fits) if at != index]
         errors += residuals(formula, table, family(others)).tolist()
     return spread_of(errors)
+
+
+def spread_of_few(formula: Formula, table: Table, prior: Coefficients, seed: int = 0) -> float:
+    """What thirty points say of themselves: each third by a fit to the other two."""
+    order = np.random.default_rng(seed).permutation(len(table))[:POINTS_AT_MOST]
+    errors: list[float] = []
+    for third in range(3):
+        out = np.arange(len(order)) % 3 == third
+        c = fit(formula, [table.take(order[~out])], prior, formula.device, pull=0.05)
+        errors += residuals(formula, table.take(order[out]), c).tolist()
+    return spread_of(errors)

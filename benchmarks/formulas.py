@@ -17,7 +17,7 @@ def _product(table: Table, c: Coefficients) -> Array:
     chip = gpu.Chip.of(table.target, table.target.peak_ops[WIDTH_NAMES[width]])
     m, n, k = (columns[name] for name in "mnk")
     read = columns["copies"] * width * (m * k + n * k)
-    seconds = gpu.product(m, n, k, chip, c, width=width, working_set=read).seconds
+    seconds = gpu.product(m, n, k, chip, c, width=width, left_span=read, right_span=read).seconds
     if columns["quantizes"][0]:
         # Those rows round the activations from bfloat16 first, in a kernel of its own.
         seconds = seconds + c["launch_s"] + 3.0 * m * k / (chip.bandwidth * c["memory"])
@@ -28,10 +28,19 @@ def _float_product(table: Table, c: Coefficients) -> Array:
     columns = table.columns
     chip = gpu.Chip.of(table.target, table.target.peak_ops["float32"])
     m, n, k = (columns[name] for name in "mnk")
+    read = 4.0 * columns["batch"] * (m * k + n * k)
     return gpu.product(
-        m, n, k, chip, c, batch=columns["batch"], width=4.0, out_width=4.0,
-        working_set=4.0 * columns["batch"] * (m * k + n * k),
-    ).seconds  # fmt: skip
+        m,
+        n,
+        k,
+        chip,
+        c,
+        batch=columns["batch"],
+        width=4.0,
+        out_width=4.0,
+        left_span=read,
+        right_span=read,
+    ).seconds
 
 
 def _exchange(table: Table, c: Coefficients) -> Array:

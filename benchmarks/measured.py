@@ -162,7 +162,7 @@ def neusight_target(device: str) -> Target:
     """A device of NeuSight's by its own description, completed with ours where we have it."""
     file = folder() / f"measured/neusight/device_configs/{device.replace(' ', '_')}.json"
     figures = json.loads(file.read_text())
-    float32 = figures.get("SingleFLOPs", figures.get("SingleFLOPsVEC", 0)) * 1e9
+    float32 = figures.get("SingleFLOPs", figures.get("SingleFLOPsMM", 0)) * 1e9
     described = Target(
         name=device.replace(" ", "-").lower(),
         family="gpu",

@@ -73,10 +73,10 @@ def _empty(name: str, shape: Sequence[int], dtype: ir.DataType) -> ir.TensorProt
     return ir.LazyTensor(content, dtype, ir.Shape(shape), cache=False, name=name)
 
 
-def model(layers: int) -> ir.Model:
+def model(layers: int, sizes: Mapping[str, Any] = LLAMA_2_7B) -> ir.Model:
     """The decoder with so many layers, all of it in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
-        config = {**LLAMA_2_7B, "num_hidden_layers": layers}
+        config = {**sizes, "num_hidden_layers": layers}
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (Path(folder) / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         checkpoint = _Shapes(Path(folder))
@@ -107,7 +107,7 @@ def measure(topology: str, mesh: str, layers: int, batch: int, seq: int) -> dict
     if layout is not None:
         split = spread = partition.annotated(layout, made.graph, lowered.places)
         lowered = lower(made, shardings=worker.constraints(layout, split))
-    exported = worker.export(lowered, device, "default", spread)
+    exported = worker.export(lowered, device, "default", split=spread)
     compiled = worker.compile_export(exported, lowered, split, devices)
     text = compiled.as_text()
     return {

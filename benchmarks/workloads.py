@@ -39,6 +39,34 @@ def minilm(folder: Path) -> Path | None:
     return path
 
 
+def light(name: str, folder: Path) -> Path:
+    """A model of onnx's "light" suite, its constant fills stored as the weights they stand for.
+
+    They are nodes there, to make the file small; an engine that folds them computes something
+    else than one that fills them again in every call.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(Path(onnx.__file__).parent / f"backend/test/data/light/{name}.onnx")
+    shapes = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "ConstantOfShape":
+            nodes.append(node)
+            continue
+        fill = numpy_helper.to_array(node.attribute[0].t).reshape(())
+        array = np.full(shapes[node.input[0]], fill)
+        model.graph.initializer.append(numpy_helper.from_array(array, node.output[0]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.ir_version = max(model.ir_version, 4)  # initializers that are not inputs
+    path = folder / f"{name}.onnx"
+    onnx.save(model, path)
+    return path
+
+
 def sentences(folder: Path, count: int, tokens: int) -> Path | None:
     """Feeds of MiniLM from real text, as an ``.npz`` in ``folder``."""
     from importlib.util import find_spec

@@ -107,6 +107,9 @@ class Backend(Protocol):
         """Predict one call of a legalized model with its shapes bound. Touches no weight."""
         ...
 
+    # A backend may also have `profile(target) -> Profile`: how it runs kernels, for
+    # `trivium calibrate` to fit.
+
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         """Write the executable form of a legalized model into ``request.folder``.
 

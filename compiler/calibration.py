@@ -12,14 +12,16 @@ A file holds one table for each thing that is calibrated (``product``, ``attenti
     sustained = 0.97
 
 ``spread`` is the standard deviation of log(measured / predicted) over points that the fit did not
-see. Where the files of devices and of families lie is for `trivium.targets.calibrations` to say.
+see. `trivium.targets.calibrations` has those that ship, `folder` those of the user.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from trivium.compiler.errors import BadInput
@@ -94,6 +96,16 @@ def from_toml(table: Mapping[str, Any], about: str, scope: Scope = "device") -> 
         int(table["points"]),
         scope,
     )
+
+
+def folder() -> Path:
+    """The user's calibrations: ``$TRIVIUM_CALIBRATIONS``, or ``trivium/calibrations`` under
+    ``$XDG_CONFIG_HOME`` (by default ``~/.config``)."""
+    given = os.environ.get("TRIVIUM_CALIBRATIONS")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "trivium" / "calibrations"
 
 
 def interval(seconds: float, spread: float) -> tuple[float, float]:

@@ -110,8 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
         _add_compiling,
         _add_tuning,
         _add_choosing,
+        _add_calibrating,
         _add_explaining,
         _add_using,
+        _add_generating,
         _add_listing,
     ):
         add(verbs)
@@ -253,6 +255,7 @@ def _add_choosing(verbs: Verbs) -> None:
     )
     _shape(verb)
     _calibration(verb)
+    _spread(verb)
     verb.add_argument("--measure", action="store_true", help="also time what can run here")
     verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
     verb.add_argument("--csv", metavar="FILE")
@@ -261,26 +264,48 @@ def _add_choosing(verbs: Verbs) -> None:
     _model(verb)
     verb.add_argument("--target", action="append", default=[], metavar="NAME", help="default: all")
     verb.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE")
+    verb.add_argument("--backend", action="append", default=[], metavar="NAME", help="default: all")
     _shape(verb)
+    _calibration(verb)
+    _spread(verb)
     verb.add_argument("--max-latency", metavar="5ms")
     verb.add_argument("--min-throughput", type=_positive, metavar="N", help="inferences a second")
     verb.add_argument("--max-memory", metavar="16GiB")
     verb.add_argument("--max-cost", type=_positive, metavar="USD", help="a million inferences")
     verb.add_argument("--max-power", type=_positive, metavar="W")
+    verb.add_argument("--max-drop", metavar="1%", help="of the metric on --data, by recipe")
     verb.add_argument(
         "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
     )
+    verb.add_argument("--measure", action="store_true", help="also time what can run here")
+    verb.add_argument("--html", metavar="FILE", help="write a self-contained report")
+
+
+def _spread(parser: argparse.ArgumentParser) -> None:
+    """What else candidates may differ in, and what they are judged by."""
+    parser.add_argument(
+        "--batch", type=_count, action="append", default=[], metavar="N", help="may be given again"
+    )
+    parser.add_argument(
+        "--max-chips", type=_count, metavar="N", help="try every slice of up to N chips"
+    )
+    parser.add_argument("--prices", metavar="FILE.toml", help="your own prices of an hour")
+    _data(parser, required=False)
 
 
 def _add_explaining(verbs: Verbs) -> None:
     verb = _verb(
         verbs, "explain", "commands.explaining", "say which layer costs a recipe its accuracy"
     )
-    verb.add_argument("path", metavar="MODEL", help="an .onnx file or a checkpoint folder")
+    verb.add_argument("path", metavar="MODEL", help="a model; with --prompt also an artifact")
     verb.add_argument(
-        "--recipe", action="append", required=True, metavar="NAME|FILE", help="may be given again"
+        "--recipe", action="append", default=[], metavar="NAME|FILE", help="may be given again"
     )
-    _data(verb)
+    _data(verb, required=False)
+    verb.add_argument("--prompt", metavar="TEXT", help="what a language model makes of it instead")
+    verb.add_argument("--prompt-ids", metavar="5,17", help="the same, as token ids")
+    verb.add_argument("--attention", action="store_true", help="maps by layer and head")
+    verb.add_argument("--gradients", action="store_true", help="what each token did to the next")
     _calibration(verb)
     _shape(verb)
     verb.add_argument("--target", default="cpu", metavar="NAME", help="whose speed counts")
@@ -299,6 +324,28 @@ def _add_explaining(verbs: Verbs) -> None:
     verb.add_argument("--seed", type=int, default=0)
 
 
+def _add_calibrating(verbs: Verbs) -> None:
+    where = "commands.calibrating"
+    verb = _verb(verbs, "calibrate", where, "fit the predictions to this hardware, or to a file")
+    verb.add_argument("target", metavar="TARGET", help="see: trivium targets")
+    verb.add_argument(
+        "--budget", type=_seconds, default=60.0, metavar="60s", help="for measuring (default 60s)"
+    )
+    verb.add_argument(
+        "--from", dest="points", metavar="FILE.csv", help="published GEMMs: m,n,k,latency_us"
+    )
+    verb.add_argument(
+        "-o", "--out", metavar="FILE.toml", help="default: the user's file, which predictions read"
+    )
+
+    verb = _verb(verbs, "track", where, "show how right predictions have been (bench --track FILE)")
+    verb.add_argument("file", metavar="FILE", help="that bench --track wrote")
+
+
+def _seconds(text: str) -> float:
+    return _positive(text.removesuffix("s"))
+
+
 def _add_using(verbs: Verbs) -> None:
     where = "commands.using"
     verb = _verb(verbs, "run", where, "run an artifact once")
@@ -310,6 +357,7 @@ def _add_using(verbs: Verbs) -> None:
     _artifact(verb)
     verb.add_argument("--runs", type=_count, default=100, help="at most (default 100)")
     verb.add_argument("--seconds", type=_positive, default=5.0, help="at most (default 5)")
+    verb.add_argument("--track", metavar="FILE", help="add the run to a file: see trivium track")
 
     verb = _verb(verbs, "eval", where, "measure quality on data")
     verb.add_argument("path", metavar="MODEL|ARTIFACT")
@@ -323,6 +371,51 @@ def _add_using(verbs: Verbs) -> None:
     verb = _verb(verbs, "verify", where, "compare an artifact with its reference again")
     _artifact(verb)
     verb.add_argument("--max-error", type=_positive, metavar="X")
+
+
+def _add_generating(verbs: Verbs) -> None:
+    where = "commands.generating"
+    verb = _verb(verbs, "generate", where, "continue prompts with a generator artifact")
+    _artifact(verb)
+    prompt = verb.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-ids", metavar="5,17", help="tokens instead of a text")
+    prompt.add_argument("--batch", metavar="FILE", help="a prompt each line, or JSON if .jsonl")
+    verb.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the output")
+    verb.add_argument(
+        "--logprobs", type=int, nargs="?", const=0, metavar="N", help="and of the N likeliest"
+    )
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument(
+        "--rows", type=_count, default=8, metavar="N", help="texts at once (default 8)"
+    )
+    verb.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="guess tokens from what was said before; the output is the same",
+    )
+
+    verb = _verb(verbs, "serve", "commands.serving", "serve a generator artifact over HTTP")
+    _artifact(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    verb.add_argument("--port", type=int, default=8000, help="default 8000; 0: any that is free")
+    verb.add_argument("--name", help="of the model, for clients (default: the folder's)")
+    verb.add_argument("--context", type=_count, metavar="N", help="tokens of a text, at most")
+    verb.add_argument("--rows", type=_count, default=8, metavar="N", help="texts at once")
+    verb.add_argument(
+        "--queue", type=_count, default=64, metavar="N", help="requests that may wait"
+    )
+    verb.add_argument("--deadline", type=_positive, default=300.0, metavar="S", help="of a request")
+    verb.add_argument("--speculate", action=argparse.BooleanOptionalAction, default=True)
+    verb.set_defaults(timeout=threading.TIMEOUT_MAX)
 
 
 def _add_listing(verbs: Verbs) -> None:
@@ -362,9 +455,9 @@ def _shape(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument(
-        "--data", required=True, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
+        "--data", required=required, metavar="FILE", help=".npz with x and y, .npy ids, or .txt"
     )
     parser.add_argument(
         "--metric",

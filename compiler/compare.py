@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,11 @@ from trivium.compiler.cost import does_not_fit
 from trivium.compiler.errors import BadInput, TriviumError
 from trivium.compiler.job import SAMPLES
 from trivium.compiler.prepare import Progress, silent
+from trivium.compiler.prices import Table, priced
+from trivium.compiler.recipe import Context
+from trivium.compiler.rows import name_of, row, seconds_of, workload_json
 from trivium.compiler.timing import time_calls
-from trivium.compiler.types import Candidate, Estimate, Target, Workload
+from trivium.compiler.types import Candidate, Estimate, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,9 +34,8 @@ if TYPE_CHECKING:
     from trivium.compiler.recipe import Recipe
 
 Backends = Sequence[str] | Literal["all"] | None
-
-SHOWN_REFUSALS = 20
-"""A model of a foreign domain may be refused in thousands of nodes; a row keeps the first few."""
+Quality = Callable[["Recipe"], Mapping[str, Any]]
+"""From a recipe to what `Candidate.quality` holds."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ def compare(
     recipes: Sequence[str | Recipe] = ("none",),
     shape: Sequence[str] = (),
     backends: Backends = None,
+    batches: Sequence[int] = (),
+    max_chips: int | None = None,
+    prices: Table | None = None,
+    quality: Quality | None = None,
     measure: bool = False,
     calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
     seed: int = 0,
@@ -88,11 +94,15 @@ def compare(
 
     Args:
         model: An ``.onnx`` file or a checkpoint folder.
-        targets: Targets or their names; by default every installed one.
+        targets: Targets or their names (``tpu-v5e:*`` is every slice); by default all installed.
         recipes: Each is tried on each target.
         shape: ``NAME=1x128`` and ``DIM=128``; every symbolic dimension has to be bound.
         backends: Names to try where they serve a target; by default each target's default one,
             with ``"all"`` every one that serves it.
+        batches: Sizes of the batch to try; throughput, energy and money are then of one sample.
+        max_chips: Try every slice of every target up to so many chips.
+        prices: Overrides the prices that Trivium carries; see `trivium.compiler.prices`.
+        quality: Evaluates recipes, once each.
         measure: Build and time what really runs on its target here.
         calibration: Representative inputs: an ``.npz`` file, or feeds.
         seed: Of the inputs that are drawn when no calibration is given.
@@ -103,21 +113,36 @@ def compare(
         BadInput: A dimension is left symbolic; the message names it and the flag.
     """
     path = Path(model)
-    found = [target_names.find(t) if isinstance(t, str) else t for t in targets or all_targets()]
+    found = _targets(targets, max_chips, prices or {})
+    pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
     candidates: list[Candidate] = []
-    workload = Workload()
-    for given in recipes:
-        chosen = recipe.read(given) if isinstance(given, str) else given
-        pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
-        for optimized in _optimized(path, chosen, shape, calibration, seed, pairs, progress):
-            workload = optimized.workload
-            for target, name in optimized.pairs:
-                progress(f"{target.name} with {name}")
-                candidates.append(_candidate(optimized, target, name, chosen.name))
+    for batch in batches or (None,):
+        progress("reading the model")
+        source = _Source.read(path, shape, calibration, seed, batch)
+        for given in recipes:
+            chosen = recipe.read(given) if isinstance(given, str) else given
+            judged = quality(chosen) if quality is not None else None
+            for optimized in _optimized(source, chosen, pairs, progress):
+                for target, name in optimized.pairs:
+                    progress(f"predicting: {target.name} with {name}")
+                    made = _candidate(optimized, target, name, chosen.name)
+                    candidates.append(replace(made, batch=batch or 1, quality=judged))
     if measure:
-        timed = _Measurement(path, shape, calibration, seed, options or {}, progress)
+        timed = _Measurement(path, shape, calibration, seed, options or {}, progress, bool(batches))
         candidates = [timed.of(candidate) for candidate in candidates]
-    return Comparison(path.name, workload, tuple(sorted(candidates, key=_order)))
+    return Comparison(path.name, source.workload, tuple(sorted(candidates, key=_order)))
+
+
+def _targets(
+    given: Sequence[str | Target] | None, max_chips: int | None, prices: Table
+) -> list[Target]:
+    found = []
+    for one in given or all_targets():
+        names = target_names.expand(one, max_chips) if isinstance(one, str) else []
+        found += [target_names.find(name) for name in names] if isinstance(one, str) else [one]
+    if not found:
+        raise BadInput(f"no target has a slice of at most {max_chips} chips", about="--max-chips")
+    return [priced(target, prices) for target in found]
 
 
 def all_targets() -> list[str]:
@@ -126,57 +151,107 @@ def all_targets() -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """The model in normal form with its shapes bound, read once for all recipes and targets."""
+
+    model: ir.Model
+    workload: Workload
+    feeds: Sequence[Tensors]
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        shape: Sequence[str],
+        calibration: str | os.PathLike[str] | Sequence[Tensors] | None,
+        seed: int,
+        batch: int | None = None,
+    ) -> _Source:
+        loaded = models.load(path)
+        inputs = models.signature(loaded)[0]
+        workload = shapes.parse(with_batch(shape, inputs, batch), inputs)
+        shapes.bind(loaded, workload)
+        shapes.require_static(models.signature(loaded)[0], "a prediction")
+        feeds = _feeds(loaded, workload, calibration, seed)
+        prepare.run_recipe(loaded, recipe.read("none"), Context(workload=workload))
+        return cls(loaded, workload, feeds, seed)
+
+
+@dataclass(frozen=True)
 class _Optimized:
     """A model after a recipe, and the targets and backends that it was optimized for.
 
     Attributes:
         problem: Why the recipe could not be run, if it could not.
+        legalized: What backends made of it so far, by the passes that they ran.
     """
 
     model: ir.Model
     workload: Workload
     pairs: list[tuple[Target, str]]
     problem: str = ""
+    legalized: dict[str, ir.Model] = field(default_factory=dict)
+
+    def legalize(self, backend: Backend, target: Target) -> prepare.Prepared:
+        """Legalize for a target; targets for which a backend runs the same passes share a graph."""
+        key = f"{backend.name} {[_identity(one) for one in backend.legalize(target)]}"
+        if key not in self.legalized:
+            made = prepare.legalize(self.model.clone(), backend, target, self.workload)
+            self.legalized[key] = made.model
+            return made
+        return prepare.judge(self.legalized[key], backend, target, self.workload)
+
+
+def with_batch(shape: Sequence[str], inputs: Sequence[TensorInfo], batch: int | None) -> list[str]:
+    """The user's shapes, and the dimension that leads every input bound to a batch.
+
+    Raises:
+        BadInput: There is no such dimension left to bind.
+    """
+    if batch is None:
+        return list(shape)
+    bound = {item.partition("=")[0] for item in shape}
+    leading = {info.shape[0] for info in inputs if info.shape and info.name not in bound}
+    free = sorted(dim for dim in leading if isinstance(dim, str) and dim not in (*bound, "?"))
+    if not free:
+        raise BadInput(
+            "the model's batch is fixed", about=f"--batch {batch}", remedy="leave --batch out"
+        )
+    return [*shape, *(f"{dim}={batch}" for dim in free)]
+
+
+def _identity(one: ir.passes.PassBase) -> str:
+    """What tells a pass from another: its type, and all that it was made with."""
+    made = {f.name: getattr(one, f.name) for f in fields(one)} if is_dataclass(one) else vars(one)
+    return f"{type(one).__module__}.{type(one).__qualname__} {made!r}"
 
 
 def _optimized(
-    path: Path,
-    chosen: Recipe,
-    shape: Sequence[str],
-    calibration: str | os.PathLike[str] | Sequence[Tensors] | None,
-    seed: int,
-    pairs: Sequence[tuple[Target, str]],
-    progress: Progress,
+    source: _Source, chosen: Recipe, pairs: Sequence[tuple[Target, str]], progress: Progress
 ) -> Iterator[_Optimized]:
-    """Run the recipe once, or once for each backend or target that its passes ask for."""
+    """Sketch the recipe once, or once for each backend or target that its passes ask for."""
     groups: dict[tuple[str, str], list[tuple[Target, str]]] = {}
     by_target, by_backend = recipe.asks_for(chosen, "target"), recipe.asks_for(chosen, "backend")
     for target, backend in pairs:
         key = (target.name if by_target else "", backend if by_backend else "")
         groups.setdefault(key, []).append((target, backend))
     for key, group in groups.items():
-        progress(" ".join(("recipe", chosen.name, *key)))
-        loaded = models.load(path)
-        inputs, _ = models.signature(loaded)
-        workload = shapes.parse(shape, inputs)
-        bound = loaded.clone()
-        shapes.bind(bound, workload)
-        shapes.require_static(models.signature(bound)[0], "a prediction")
-        feeds = _feeds(bound, workload, calibration, seed)
+        progress(" ".join(("recipe", chosen.name, *filter(None, key))))
+        made = source.model.clone()
+        context = Context(
+            group[0][0] if by_target else None,
+            source.feeds,
+            source.workload,
+            source.seed,
+            group[0][1] if by_backend else None,
+        )
         problem = ""
         try:
-            prepare.optimize(
-                loaded,
-                chosen,
-                shape=shape,
-                calibration=feeds,
-                target=group[0][0] if by_target else None,
-                backend=group[0][1] if by_backend else None,
-                seed=seed,
-            )
+            recipe.sketch(chosen, made, context)
         except TriviumError as error:
             problem = f"recipe {chosen.name}: {error}"
-        yield _Optimized(loaded, workload, group, problem)
+        yield _Optimized(made, source.workload, group, problem)
 
 
 def _feeds(
@@ -222,7 +297,7 @@ def _candidate(
         return replace(made, refusals=(f"the backend {backend_name} is not installed",))
     backend: Backend = plugins.get("trivium.backends", backend_name)
     try:
-        prepared = prepare.legalize(optimized.model.clone(), backend, target, optimized.workload)
+        prepared = optimized.legalize(backend, target)
         if prepared.refusals:
             return replace(made, refusals=prepared.refusals)
         estimate = prepare.predict(prepared, target)
@@ -242,6 +317,7 @@ class _Measurement:
     seed: int
     options: Mapping[str, str]
     progress: Progress
+    batched: bool = False
 
     def of(self, candidate: Candidate) -> Candidate:
         """The candidate with its measurement, if it really runs on its target here."""
@@ -256,7 +332,7 @@ class _Measurement:
                     out=Path(folder) / "artifact",
                     backend=candidate.backend,
                     recipe=candidate.recipe,
-                    shape=self.shape,
+                    shape=self._shape(candidate),
                     calibration=self.calibration,
                     seed=self.seed,
                     options=self.options,
@@ -264,15 +340,21 @@ class _Measurement:
                 executable = artifact.load()
                 if not executable.measures_target:
                     return candidate
-                feed = self._feed()
+                feed = self._feed(candidate)
                 timing = time_calls(lambda: executable.run(feed))
         except TriviumError as error:
             return _noted(candidate, f"not measured: {error}")
         return replace(candidate, measured={**timing.to_json(), "where": executable.where})
 
-    def _feed(self) -> Tensors:
+    def _shape(self, candidate: Candidate) -> list[str]:
+        if not self.batched:
+            return list(self.shape)
+        inputs = models.signature(models.load(self.path))[0]
+        return with_batch(self.shape, inputs, candidate.batch)
+
+    def _feed(self, candidate: Candidate) -> Tensors:
         model = models.load(self.path)
-        workload = shapes.parse(self.shape, models.signature(model)[0])
+        workload = shapes.parse(self._shape(candidate), models.signature(model)[0])
         shapes.bind(model, workload)
         return _feeds(model, workload, self.calibration, self.seed)[0]
 
@@ -282,109 +364,7 @@ def _noted(candidate: Candidate, note: str) -> Candidate:
     return replace(candidate, estimate=replace(estimate, notes=(*estimate.notes, note)))
 
 
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def seconds_of(candidate: Candidate) -> float | None:
-    """The predicted latency of a feasible candidate."""
-    if not candidate.feasible or candidate.estimate is None:
-        return None
-    return candidate.estimate.seconds
-
-
 def _order(candidate: Candidate) -> tuple[int, float, str]:
     seconds = seconds_of(candidate)
     group = 2 if not candidate.feasible else (1 if seconds is None else 0)
     return group, seconds or 0.0, name_of(candidate)
-
-
-def name_of(candidate: Candidate) -> str:
-    """``target/backend/recipe``."""
-    return f"{candidate.target.name}/{candidate.backend}/{candidate.recipe}"
-
-
-def workload_json(workload: Workload) -> dict[str, Any]:
-    """The bound dimensions and shapes."""
-    return {
-        "dims": dict(workload.dims),
-        "shapes": {name: list(shape) for name, shape in workload.shapes.items()},
-    }
-
-
-def row(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON; unknown is ``null`` with the reason in ``notes``.
-
-    Throughput counts calls, one in flight (or the period of a pipeline); energy is that of one
-    call; dollars are for a million calls.
-    """
-    target, estimate = candidate.target, candidate.estimate or Estimate(None)
-    seconds = estimate.seconds
-    period = estimate.period_s if estimate.period_s is not None else seconds
-    intervals = estimate.intervals
-    hidden = len(candidate.refusals) - SHOWN_REFUSALS
-    more = (f"and {hidden} more",) if hidden > 0 else ()
-    return {
-        "target": target.name,
-        "title": target.title,
-        "family": target.family,
-        "chips": target.chips,
-        "backend": candidate.backend,
-        "recipe": candidate.recipe,
-        "feasible": candidate.feasible,
-        "refusals": [*candidate.refusals[:SHOWN_REFUSALS], *more],
-        "latency_s": seconds,
-        "interval_s": None if estimate.lo is None else [estimate.lo, estimate.hi],
-        "throughput_per_s": None if not period else 1.0 / period,
-        "pipelined": estimate.period_s is not None,
-        "memory_bytes": estimate.bytes_peak,
-        "memory_interval_bytes": _pair(intervals.get("bytes_peak")),
-        "memory_available_bytes": target.memory_bytes,
-        "energy_j": estimate.joules,
-        "energy_interval_j": _pair(intervals.get("joules")),
-        "usd_per_million": _million(estimate.dollars),
-        "usd_per_million_interval": _pair(intervals.get("dollars"), 1e6),
-        "bound": estimate.bound if seconds is not None else None,
-        "resources": dict(estimate.resources),
-        "roofline": _roofline(target, estimate),
-        "measured": dict(candidate.measured) if candidate.measured is not None else None,
-        "calibration": estimate.calibration,
-        "notes": [*estimate.notes, *target.notes],
-    }
-
-
-def _million(dollars: float | None) -> float | None:
-    return None if dollars is None else dollars * 1e6
-
-
-def _pair(interval: tuple[float, float] | None, scale: float = 1.0) -> list[float] | None:
-    return None if interval is None else [interval[0] * scale, interval[1] * scale]
-
-
-def _roofline(target: Target, estimate: Estimate) -> dict[str, Any] | None:
-    """Where the model lies under its target's roof: intensity, rate, and the roof's two lines."""
-    operations = sum(op.work.total_operations for op in estimate.by_op)
-    moved = sum(op.work.bytes_moved for op in estimate.by_op)
-    if not operations or not moved:
-        return None
-    seconds = estimate.seconds
-    heaviest = sorted(estimate.by_op, key=lambda op: -op.seconds)[:12]
-    return {
-        "operations": operations,
-        "bytes": moved,
-        "rate": None if not seconds else operations / seconds,
-        "peak_ops": max(target.peak_ops.values(), default=0.0) * target.chips or None,
-        "memory_bytes_per_s": None
-        if target.memory_bytes_per_s is None
-        else target.memory_bytes_per_s * target.chips,
-        "kernels": [
-            {
-                "name": op.name,
-                "op_type": op.op_type,
-                "seconds": op.seconds,
-                "operations": op.work.total_operations,
-                "bytes": op.work.bytes_moved,
-                "bound": op.bound,
-            }
-            for op in heaviest
-        ],
-    }

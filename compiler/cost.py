@@ -12,22 +12,20 @@ to twice the live activations (what allocators and workspaces add).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from trivium.compiler import model as models
+from trivium.compiler.calibration import interval
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.kernels import Fused, Kernel, kernels_of, peak_activation_bytes
+from trivium.compiler.machines.base import Context, KernelTime, Machine
 from trivium.compiler.passing import is_op
 from trivium.compiler.shapes import open_dims
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Workload
 from trivium.compiler.work import resident_bytes, value_bytes
-
-Z80 = 1.2815515655446004
-"""Standard deviations from the median to either end of an 80% interval."""
 
 ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Sign", "Reciprocal", "Pow", "Sqrt"),
@@ -63,12 +61,13 @@ class Profile:
             by default the dtype itself.
         slowdown: For a dtype, how much less of its peak the engine reaches than of the others'.
         notes: What a reader of any prediction should know.
+        machine: Times the kernels instead of the two efficiencies.
     """
 
-    compute_efficiency: float
-    memory_efficiency: float
-    spread: float
-    calibration: str
+    compute_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    spread: float = 0.0
+    calibration: str = ""
     launch_s: float = 0.0
     call_s: float = 0.0
     cache_speedup: float = 1.0
@@ -76,6 +75,7 @@ class Profile:
     arithmetic: Mapping[str, Sequence[str]] = field(default_factory=dict)
     slowdown: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    machine: Machine | None = None
 
 
 def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profile) -> Estimate:
@@ -97,8 +97,8 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
     share, split_note = _share(model, target)
     weights = resident_bytes(model)
     outputs = sum(value_bytes(value) for value in model.graph.outputs)
-    cached = fits_on_chip(weights + activations * share, target)
-    timed = _Timed.of(kernels, target, profile, share, cached_weights=cached)
+    context = Context(share, weights + activations * share, profile.arithmetic, profile.slowdown)
+    timed = _Timed.of(kernels, target, profile, context)
     link, link_note = _gather_s(outputs, target, share)
     notes = [*profile.notes, *timed.notes, *filter(None, (split_note, link_note))]
     seconds = None
@@ -137,25 +137,6 @@ def _gather_s(outputs: float, target: Target, share: float) -> tuple[float | Non
     return outputs * (1.0 - share) / target.link_bytes_per_s, ""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one run of a kernel, by what they are spent on."""
-
-    launch: float
-    compute: float
-    memory: float
-
-    @property
-    def seconds(self) -> float:
-        return self.launch + max(self.compute, self.memory)
-
-    @property
-    def bound(self) -> Bound:
-        if self.launch > max(self.compute, self.memory):
-            return "launch"
-        return "compute" if self.compute >= self.memory else "memory"
-
-
 def time_kernel(
     kernel: Kernel,
     target: Target,
@@ -163,7 +144,7 @@ def time_kernel(
     share: float = 1.0,
     *,
     cached_weights: bool = False,
-) -> tuple[Timing | None, str]:
+) -> tuple[KernelTime | None, str]:
     """Time one run of a kernel; ``None`` and the reason where a figure is missing.
 
     Args:
@@ -176,7 +157,7 @@ def time_kernel(
     moved += activations / (profile.cache_speedup if cached_activations else 1.0)
     operations = sum(kernel.dense.values()) + sum(kernel.vector.values())
     if not moved and not operations:
-        return Timing(0.0, 0.0, 0.0), ""
+        return KernelTime(0.0, 0.0, 0.0), ""
     note = ""
     compute = 0.0
     for dtype, count in kernel.dense.items():
@@ -194,7 +175,7 @@ def time_kernel(
         return None, f"no published memory bandwidth of {target.name}"
     memory = moved / (target.memory_bytes_per_s * profile.memory_efficiency)
     launch = target.launch_s if target.launch_s is not None else profile.launch_s
-    return Timing(launch, compute, memory), note
+    return KernelTime(launch, compute, memory), note
 
 
 def fits_on_chip(held_bytes: float, target: Target) -> bool:
@@ -210,6 +191,24 @@ def _rate(dtype: str, target: Target, profile: Profile) -> float | None:
 
 
 @dataclass(frozen=True)
+class _Roofline:
+    """The machine of a profile that has only the two efficiencies."""
+
+    profile: Profile
+
+    def time(
+        self, kernels: Sequence[Kernel], target: Target, context: Context
+    ) -> tuple[list[KernelTime | None], tuple[str, ...]]:
+        cached = fits_on_chip(context.held_bytes, target)
+        timed = [
+            time_kernel(kernel, target, self.profile, context.share, cached_weights=cached)
+            for kernel in kernels
+        ]
+        notes = dict.fromkeys(note for _, note in timed if note)
+        return [timing for timing, _ in timed], tuple(notes)
+
+
+@dataclass(frozen=True)
 class _Timed:
     """All kernels of a call, timed."""
 
@@ -221,25 +220,15 @@ class _Timed:
 
     @classmethod
     def of(
-        cls,
-        kernels: Iterable[Kernel],
-        target: Target,
-        profile: Profile,
-        share: float,
-        *,
-        cached_weights: bool,
+        cls, kernels: Sequence[Kernel], target: Target, profile: Profile, context: Context
     ) -> _Timed:
         rows: list[OpCost] = []
         by_bound: dict[Bound, float] = {}
-        notes: dict[str, None] = {}
         total: float | None = 0.0
         busy = 0.0
-        for kernel in kernels:
-            timing, note = time_kernel(
-                kernel, target, profile, share, cached_weights=cached_weights
-            )
-            if note:
-                notes[note] = None
+        machine = profile.machine or _Roofline(profile)
+        timings, notes = machine.time(kernels, target, context)
+        for kernel, timing in zip(kernels, timings, strict=True):
             if timing is None:
                 total = None
                 continue
@@ -247,11 +236,11 @@ class _Timed:
                 continue
             seconds = timing.seconds * kernel.times
             total = total + seconds if total is not None else None
-            busy += max(timing.compute, timing.memory) * kernel.times
+            busy += timing.busy * kernel.times
             by_bound[timing.bound] = by_bound.get(timing.bound, 0.0) + seconds
             op_type = "+".join(kernel.op_types)
             rows.append(OpCost(kernel.name, op_type, seconds, kernel.work, timing.bound))
-        return cls(total, tuple(rows), by_bound, busy, tuple(notes))
+        return cls(total, tuple(rows), by_bound, busy, notes)
 
 
 def _finish(
@@ -299,12 +288,6 @@ def _finish(
         notes=(*notes, *filter(None, (energy_note, price_note))),
         intervals=intervals,
     )
-
-
-def interval(seconds: float, spread: float) -> tuple[float, float]:
-    """The 80% interval around a prediction whose log-residuals have the given deviation."""
-    factor = math.exp(Z80 * spread)
-    return seconds / factor, seconds * factor
 
 
 def energy(

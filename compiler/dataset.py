@@ -167,25 +167,33 @@ def tokenize(path: Path, model: Path) -> Array:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput("not a text file", about=str(path)) from error
+    return np.asarray(tokenizer_of(model).encode(text, add_special_tokens=False).ids, np.int64)
+
+
+def tokenizer_of(model: Path) -> Any:
+    """The tokenizer of a model: ``tokenizer.json`` in its folder, or beside its file.
+
+    Raises:
+        BadInput, ToolchainMissing: As `tokenize`.
+    """
     folder = model if files.is_folder(model) else model.parent
     found = next((f for f in sorted(folder.rglob("tokenizer.json")) if f.is_file()), None)
     if found is None:
         raise BadInput(
             "no tokenizer.json with the model, so the text cannot be read",
             about=str(folder),
-            remedy="put it there, or give token ids as an .npy",
+            remedy="put it there, or give token ids",
         )
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ToolchainMissing(
-            "tokenizers is not installed", about=str(path), remedy="pip install 'trivium[hf]'"
+            "tokenizers is not installed", about=str(found), remedy="pip install 'trivium[hf]'"
         ) from error
     try:
-        tokenizer = Tokenizer.from_file(str(found))
+        return Tokenizer.from_file(str(found))
     except Exception as error:  # the Rust side raises plain exceptions
         raise BadInput(f"not a tokenizer ({error})", about=str(found)) from error
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
 
 def _load(path: Path) -> dict[str, Array]:

@@ -156,7 +156,11 @@ def runner(path: Path) -> Runner:
     if is_artifact(path):
         artifact = Artifact.open(path)
         executable = artifact.load()
-        outputs = artifact.programs[0].outputs
+        # Of a generator, the manifest describes the whole and a program one step.
+        outputs = tuple(
+            TensorInfo(one["name"], one["dtype"], tuple(one["shape"]))
+            for one in artifact.manifest["outputs"]
+        )
         return Runner(executable.run, executable.inputs, outputs)
     model = models.load(path)
     inputs, outputs = models.signature(model)

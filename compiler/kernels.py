@@ -15,7 +15,9 @@ import onnx_ir as ir
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Work
 from trivium.compiler.work import (
+    AttentionSize,
     Demand,
+    Product,
     Site,
     bodies,
     demand_of,
@@ -47,6 +49,8 @@ class Kernel:
         weight_bytes: Read from weights, whatever the batch.
         activation_bytes: Read and written besides.
         times: How often it runs in one call.
+        products, attentions: Sizes of its dense operations, where they are known; the dtypes are
+            the keys of ``dense``.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Kernel:
     read_bytes: float = 0.0
     written_bytes: float = 0.0
     times: float = 1.0
+    products: tuple[Product, ...] = ()
+    attentions: tuple[AttentionSize, ...] = ()
 
     @property
     def activation_bytes(self) -> float:
@@ -172,9 +178,11 @@ def _kernel(nodes: list[ir.Node], grouping: Grouping) -> Kernel:
     weights: dict[ir.Value, float] = {}
     reads: dict[ir.Value, float] = {}
     written = 0.0
+    demands = []
     here = grouping.group[nodes[0]]
     for node in nodes:
         demand = demand_of(node)
+        demands.append(demand)
         site = Site(node)
         _add(dense, demand.dtype or site.dtype, demand.dense)
         _add(vector, site.dtype, demand.vector)
@@ -200,6 +208,8 @@ def _kernel(nodes: list[ir.Node], grouping: Grouping) -> Kernel:
         sum(weights.values()),
         sum(reads.values()),
         written,
+        products=tuple(one.product for one in demands if one.product is not None),
+        attentions=tuple(one.attention for one in demands if one.attention is not None),
     )
 
 

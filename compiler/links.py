@@ -1,9 +1,10 @@
-"""What collectives cost on the links between the chips of a target.
+"""What collectives cost on the torus that links the chips of a TPU slice; for GPUs see
+`trivium.compiler.machines.collectives`, which was fitted to measurements.
 
-Chips are on a torus, whose axes the slice's topology names (TPU), or all on one switch (NVLink).
-On a torus a collective over n chips runs along the axes, or parts of axes, that n chips make up:
-each adds a link in either direction, but an axis that does not close into a ring has to carry
-what would go around in one direction back along itself, and counts once. Then
+The slice's topology names the axes of the torus. A collective over n chips runs along the axes,
+or parts of axes, that n chips make up: each adds a link in either direction, but an axis that does
+not close into a ring has to carry what would go around in one direction back along itself, and
+counts once. Then
 
     all-gather = start + max(hops x hop, bytes x (n - 1) / n / bandwidth),   all-reduce = twice
 
@@ -55,11 +56,10 @@ def seconds(target: Target, kind: Kind, size: float, devices: int) -> float | No
     if target.link_bytes_per_s is None or not figures:
         return None
     found = route(target, devices)
-    share = found.links / figures["links"] if "links" in figures else 1.0
-    rate = target.link_bytes_per_s * share * figures.get("efficiency", 1.0)
-    start, hop = figures.get("start_s", 0.0), figures["hop_s"]
+    one_link = target.link_bytes_per_s / figures["links"] * figures["efficiency"]
+    rate = one_link * found.links
+    start, hop = figures["start_s"], figures["hop_s"]
     if kind == "send":
-        one_link = rate / max(found.links, 1.0)
         return start + hop + size / one_link
     gather = max(found.hops * hop, size * (devices - 1) / devices / rate)
     return start + gather * (2.0 if kind == "all-reduce" else 1.0)
@@ -68,9 +68,7 @@ def seconds(target: Target, kind: Kind, size: float, devices: int) -> float | No
 def route(target: Target, devices: int) -> Route:
     """The best connected set of so many devices: of most links, then of fewest hops."""
     figures = target.interconnect
-    if "links" not in figures or target.topology is None:
-        return Route(1.0, max(devices - 1, 1))
-    axes = tuple(int(size) for size in target.topology.split("x"))
+    axes = tuple(int(size) for size in (target.topology or "1").split("x"))
     # Devices that share a chip need no link; what leaves the chip is over its links.
     chips = max(1, devices // int(target.options.get("devices_per_chip", "1")))
     return _route(axes, chips, int(figures["rings_of"]))

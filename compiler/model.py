@@ -226,8 +226,18 @@ def save(
         ir.save(_inlined(model), path)
         return [path]
     data = path.with_name(path.name + ".data")
-    kept = {value: value.const_value for value in large}
+    # Small ones that lie in a file would be looked for beside the new one.
+    small = [
+        value
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and value not in large
+    ]
+    kept = {value: value.const_value for value in (*large, *small)}
     try:
+        for value in small:
+            tensor = value.const_value
+            assert tensor is not None
+            value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=value.name)
         with data.open("wb") as stream:
             for value in large:
                 tensor = value.const_value

@@ -210,6 +210,51 @@ def declining() -> Iterator[dict[Declined, None]]:
         _declined.reset(token)
 
 
+# --- sketching -----------------------------------------------------------------------------------
+
+_sketching: ContextVar[bool] = ContextVar("sketching", default=False)
+
+
+def sketching() -> bool:
+    """Whether only the form of the graph is wanted, for a prediction.
+
+    A pass then reads no weight and no calibration data: it puts `outline` where it would store what
+    it computes, and takes any range for those it would find. A pass that does not ask is run as
+    ever.
+    """
+    return _sketching.get()
+
+
+@contextmanager
+def sketched() -> Iterator[None]:
+    """Run passes for the form of the graph only."""
+    token = _sketching.set(True)
+    try:
+        yield
+    finally:
+        _sketching.reset(token)
+
+
+def outline(dtype: ir.DataType, shape: Sequence[int]) -> ir.TensorProtocol:
+    """A stored tensor of which only dtype and shape count.
+
+    Whoever looks all the same (a cost model that counts the bits in use) finds every code of an
+    integer in turn, or ones.
+    """
+
+    def fill() -> ir.TensorProtocol:
+        import numpy as np
+
+        codes = np.ones(1, np.float32)
+        if dtype.is_integer():
+            signed = dtype.is_signed()
+            reach = 2 ** (dtype.bitwidth - signed) - 1
+            codes = np.arange(-reach if signed else 0, reach + 1)
+        return ir.tensor(np.resize(codes, tuple(shape)).astype(dtype.numpy()), dtype=dtype)
+
+    return ir.LazyTensor(fill, dtype, ir.Shape(shape), cache=False)
+
+
 # --- reading the graph ---------------------------------------------------------------------------
 
 

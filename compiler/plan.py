@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trivium.compiler.compare import Backends, compare, name_of, row
+from trivium.compiler import whatif
+from trivium.compiler.compare import Backends, Quality, compare
 from trivium.compiler.errors import BadInput, ConstraintUnmet
 from trivium.compiler.prepare import Progress, silent
+from trivium.compiler.prices import Table
+from trivium.compiler.rows import name_of, row
 from trivium.compiler.types import Candidate, Estimate, Plan, Target
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class Constraints:
         max_memory_bytes: On one chip.
         max_usd_per_million: Of calls.
         max_watts: The power caps of all chips together.
+        max_drop: Of the metric that recipes are evaluated by; see `Evaluation.drop_from`.
     """
 
     max_latency_s: float | None = None
@@ -39,6 +43,7 @@ class Constraints:
     max_memory_bytes: float | None = None
     max_usd_per_million: float | None = None
     max_watts: float | None = None
+    max_drop: float | None = None
 
     def to_json(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -58,7 +63,7 @@ OBJECTIVES: dict[str, Figure] = {
     "latency": Figure("latency", "s", "latency_s"),
     "throughput": Figure("throughput", "calls/s", "throughput_per_s", more_is_better=True),
     "cost": Figure("cost", "USD per million calls", "usd_per_million"),
-    "energy": Figure("energy", "J", "energy_j"),
+    "energy": Figure("energy", "J", "energy_per_sample_j"),
 }
 
 LIMITS: dict[str, Figure] = {
@@ -67,6 +72,7 @@ LIMITS: dict[str, Figure] = {
     "max_memory_bytes": Figure("memory", "bytes", "memory_bytes"),
     "max_usd_per_million": OBJECTIVES["cost"],
     "max_watts": Figure("power", "W", "watts"),
+    "max_drop": Figure("drop of the metric", "", "drop"),
 }
 
 
@@ -79,6 +85,10 @@ def plan(
     recipes: Sequence[str | Recipe] = ("none",),
     shape: Sequence[str] = (),
     backends: Backends = "all",
+    batches: Sequence[int] = (),
+    max_chips: int | None = None,
+    prices: Table | None = None,
+    quality: Quality | None = None,
     measure: bool = False,
     calibration: str | os.PathLike[str] | Sequence[Tensors] | None = None,
     seed: int = 0,
@@ -102,6 +112,10 @@ def plan(
         recipes=recipes,
         shape=shape,
         backends=backends,
+        batches=batches,
+        max_chips=max_chips,
+        prices=prices,
+        quality=quality,
         measure=measure,
         calibration=calibration,
         seed=seed,
@@ -115,15 +129,24 @@ def choose(candidates: Sequence[Candidate], constraints: Constraints, objective:
     aim = OBJECTIVES[objective]
     keeping: list[tuple[float, Candidate]] = []
     losing: list[Candidate] = []
-    for candidate in candidates:
-        problem = _problem(candidate, constraints, aim)
+    for candidate in whatif.pareto(candidates):
+        problem, change = _problem(candidate, constraints, aim)
         if problem:
-            losing.append(replace(candidate, verdict=problem))
+            losing.append(replace(candidate, verdict=problem, wins_if=change))
         else:
             keeping.append((figure(candidate, aim) or 0.0, candidate))
     keeping.sort(key=lambda pair: -pair[0] if aim.more_is_better else pair[0])
     ranked = [_judged(value, c, keeping[0], constraints, aim) for value, c in keeping]
+    if keeping:
+        losing = [_would_win(c, aim, keeping[0][0]) for c in losing]
     return Plan(objective, constraints.to_json(), (*ranked, *losing))
+
+
+def _would_win(candidate: Candidate, aim: Figure, best: float) -> Candidate:
+    """Say of a candidate whose own figure is unknown what it would have to be."""
+    if not candidate.feasible or candidate.wins_if or figure(candidate, aim) is not None:
+        return candidate
+    return replace(candidate, wins_if=_change(candidate, aim, None, best))
 
 
 def figure(candidate: Candidate, wanted: Figure) -> float | None:
@@ -131,33 +154,56 @@ def figure(candidate: Candidate, wanted: Figure) -> float | None:
     if wanted.key == "watts":
         watts = candidate.target.watts
         return None if watts is None else watts * candidate.target.chips
+    if wanted.key == "drop":
+        drop = (candidate.quality or {}).get("drop")
+        return None if drop is None else float(drop)
     if candidate.measured is not None and wanted.key in ("latency_s", "throughput_per_s"):
         seconds = float(candidate.measured["latency_s"])
-        return seconds if wanted.key == "latency_s" else 1.0 / seconds
+        return seconds if wanted.key == "latency_s" else candidate.batch / seconds
     value = row(candidate)[wanted.key]
     return None if value is None else float(value)
 
 
-def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> str:
-    """Why a candidate is out, or an empty text."""
+def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> tuple[str, str]:
+    """Why a candidate is out, or an empty text; and what would let it in."""
     if candidate.refusals:
         more = f" (and {len(candidate.refusals) - 1} more)" if len(candidate.refusals) > 1 else ""
-        return f"cannot run it: {candidate.refusals[0]}{more}"
+        return f"cannot run it: {candidate.refusals[0]}{more}", ""
     for name, limit in constraints.to_json().items():
         known = LIMITS[name]
         value = figure(candidate, known)
         if value is None:
-            return f"{known.label} unknown, so the limit cannot be checked{_why(candidate)}"
+            change = _change(candidate, known, None, limit)
+            return f"{known.label} unknown, so the limit cannot be checked{_why(candidate)}", change
         wrong = value < limit if known.more_is_better else value > limit
         if wrong:
-            times = limit / value if known.more_is_better else value / limit
+            times = limit / value if known.more_is_better else value / limit if limit else 0.0
             relation = "below" if known.more_is_better else "above"
-            return (
+            factor = f" ({times:.2g} times)" if times else ""
+            problem = (
                 f"{known.label} {_shown(value, known)} is {relation} the limit of "
-                f"{_shown(limit, known)} ({times:.2g} times)"
+                f"{_shown(limit, known)}{factor}"
             )
+            return problem, _change(candidate, known, value, limit)
     if figure(candidate, aim) is None:
-        return f"{aim.label} unknown{_why(candidate)}"
+        return f"{aim.label} unknown{_why(candidate)}", ""
+    return "", ""
+
+
+def _change(candidate: Candidate, known: Figure, value: float | None, wanted: float) -> str:
+    """What would bring a figure to what is wanted."""
+    if known.key == "usd_per_million":
+        return whatif.cheaper(candidate, wanted)
+    if value is None or not wanted:
+        return ""
+    if known.key == "energy_per_sample_j":
+        return whatif.thriftier(candidate, wanted)
+    if known.key == "memory_bytes":
+        return whatif.smaller(candidate, wanted)
+    if known.key == "latency_s":
+        return whatif.faster(candidate, value / wanted)
+    if known.key == "throughput_per_s":
+        return whatif.faster(candidate, wanted / value)
     return ""
 
 
@@ -183,7 +229,8 @@ def _judged(
         verdict = f"{aim.label} {_shown(value, aim)}: {1 / times:.2f} of that of {name_of(best)}"
     if _overlap(candidate, best):
         verdict += "; their intervals overlap"
-    return replace(candidate, verdict=verdict)
+    change = _change(candidate, aim, value, best_value)
+    return replace(candidate, verdict=verdict, wins_if=change)
 
 
 def _overlap(one: Candidate, other: Candidate) -> bool:
@@ -222,7 +269,10 @@ def require_best(chosen: Plan) -> Candidate:
 
 def to_json(chosen: Plan) -> dict[str, Any]:
     """What ``trivium plan --json`` prints."""
-    rows = [{**row(candidate), "verdict": candidate.verdict} for candidate in chosen.candidates]
+    rows = [
+        {**row(candidate), "verdict": candidate.verdict, "wins_if": candidate.wins_if or None}
+        for candidate in chosen.candidates
+    ]
     best = next((r for r in rows if r["verdict"] == "best"), None)
     return {
         "objective": chosen.objective,
@@ -244,6 +294,14 @@ BYTES = {
 def parse_seconds(text: str, *, flag: str = "--max-latency") -> float:
     """Read ``5ms``, ``0.2s`` or ``0.005``."""
     return _parse(text, SECONDS, flag, "5ms or 0.2s")
+
+
+def parse_drop(text: str, *, flag: str = "--max-drop") -> float:
+    """Read ``1%`` or ``0.01``; ``0`` is no drop at all."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)(%?)", text.strip())
+    if match is None:
+        raise BadInput("not a share", about=f"{flag} {text}", remedy="write 1% or 0.01")
+    return float(match[1]) / (100.0 if match[2] else 1.0)
 
 
 def parse_bytes(text: str, *, flag: str = "--max-memory") -> float:

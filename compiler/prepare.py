@@ -109,6 +109,17 @@ def run_recipe(model: ir.Model, chosen: Recipe, context: Context) -> list[Applie
 def legalize(model: ir.Model, backend: Backend, target: Target, workload: Workload) -> Prepared:
     """Bring an optimized model to what a backend takes, in place, and collect its refusals."""
     applied = recipe.apply(backend.legalize(target), model)
+    return judge(model, backend, target, workload, tuple(applied))
+
+
+def judge(
+    model: ir.Model,
+    backend: Backend,
+    target: Target,
+    workload: Workload,
+    applied: tuple[Applied, ...] = (),
+) -> Prepared:
+    """Collect what a backend refuses of a legalized model."""
     refusals = []
     for node in model.graph.all_nodes():
         with blaming(f"backend {backend.name}"):
@@ -117,7 +128,7 @@ def legalize(model: ir.Model, backend: Backend, target: Target, workload: Worklo
             refusals.append(f"{node.name or node.op_type} ({node.op_type}): {reason}")
     inputs, outputs = models.signature(model)
     return Prepared(
-        model, backend, workload, tuple(applied), tuple(dict.fromkeys(refusals)), inputs, outputs
+        model, backend, workload, applied, tuple(dict.fromkeys(refusals)), inputs, outputs
     )
 
 

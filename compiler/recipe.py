@@ -206,6 +206,17 @@ class Applied:
     declined: tuple[str, ...]
 
 
+def sketch(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list[Applied]:
+    """Bring a model to the form that `run` would, in place, for a prediction.
+
+    Passes that know how read no weight and no data (`trivium.compiler.passing.sketching`).
+    """
+    from trivium.compiler.passing import sketched
+
+    with sketched():
+        return run(recipe, model, context)
+
+
 def run(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list[Applied]:
     """Run every pass of a recipe on a model, in place.
 

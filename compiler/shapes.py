@@ -130,6 +130,10 @@ def bind(model: ir.Model, bound: Workload) -> None:
         for value in (*graph.inputs, *graph.outputs, *_values(graph)):
             if value.shape is None:
                 continue
+            if value.const_value is not None and not value.is_graph_input():
+                # An output that is stored has the size that it has, whatever it declares.
+                value.shape = ir.Shape(value.const_value.shape.numpy())
+                continue
             sizes = [
                 bound.dims.get(str(dim.value), dim) if isinstance(dim, ir.SymbolicDim) else dim
                 for dim in value.shape

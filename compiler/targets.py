@@ -24,6 +24,20 @@ def find(name: str) -> Target:
     return make(topology or None)
 
 
+def expand(name: str, max_chips: int | None = None) -> list[str]:
+    """The targets of a name that may end in ``:*``, which stands for every slice of a device.
+
+    Args:
+        max_chips: Leave out larger slices; with it a device without a slice stands for all of its.
+    """
+    device, _, topology = name.partition(":")
+    slices: tuple[str, ...] = getattr(plugins.get("trivium.targets", device), "slices", ())
+    if topology == "*" or (not topology and max_chips is not None):
+        found = [f"{device}:{shape}" for shape in slices] or [device]
+        return [one for one in found if max_chips is None or find(one).chips <= max_chips]
+    return [name]
+
+
 def names() -> list[str]:
     """Return the names of all installed targets, without slices."""
     return plugins.names("trivium.targets")

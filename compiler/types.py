@@ -34,10 +34,9 @@ class Target:
         base_clock_hz: Guaranteed under load, stated for cards that their power cap slows down;
             ``clock_hz`` is the one that ``peak_ops`` assumes.
         link_bytes_per_s: One way, for each chip, to its neighbours or the host.
-        interconnect: What `trivium.compiler.links` must know of the links between chips: ``links``
-            of one chip on a torus (absent: all are on one switch), the multiples ``rings_of`` which
-            an axis closes into a ring, ``hop_s`` from one chip to the next, ``start_s`` of a
-            collective, and the ``efficiency`` that was measured.
+        interconnect: What `trivium.compiler.links` must know of a torus: the ``links`` of one
+            chip, the length at whose multiples an axis closes into a ring (``rings_of``), ``hop_s``
+            from one chip to the next, ``start_s`` of a collective, and the ``efficiency`` of links.
         resources: FPGA fabric: ``lut``, ``ff``, ``dsp``, ``bram_18k``, ``uram``.
         options: What the backend must know and the cost model need not: part number,
             compute capability, topology name.
@@ -217,7 +216,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a model: a target, a backend, a recipe, and what is to be expected of it."""
+    """One way to run a model: a target, a backend, a recipe, and what is to be expected of it.
+
+    Attributes:
+        batch: Samples in one call, where several batches are compared.
+        quality: The recipe's ``metric``, ``value``, ``drop`` and ``samples``, where it was
+            evaluated, or the ``reason`` why it could not be.
+        verdict: Why it won or lost; ``wins_if`` says what would have to change for a loser to win.
+        pareto: Whether no other candidate is at least as good in every figure.
+    """
 
     target: Target
     backend: str
@@ -226,6 +233,10 @@ class Candidate:
     refusals: tuple[str, ...] = ()
     measured: Mapping[str, Any] | None = None
     verdict: str = ""
+    batch: int = 1
+    quality: Mapping[str, Any] | None = None
+    wins_if: str = ""
+    pareto: bool = False
 
     @property
     def feasible(self) -> bool:

@@ -297,9 +297,10 @@ def outputs_of(
     from trivium.compiler.generation import compiling as generating
 
     generator = artifact.generator
-    if generator is None or not generating.is_driven(generator, artifact.inputs):
+    drive = getattr(executable, "generator", None)  # one that has none drives it by itself
+    if generator is None or drive is None or not generating.is_driven(generator, artifact.inputs):
         return [executable.run(feed) for feed in feeds]
-    decoder = executable.generator()  # type: ignore[attr-defined]  # those of generators have it
+    decoder = drive()
     return [generating.driven_logits(decoder, generating.rows_of(generator, f)) for f in feeds]
 
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import onnx_ir as ir
 
@@ -51,6 +51,31 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     return _PEAK_NAMES.get(dtype.name, dtype.name.lower())
 
 
+class Product(NamedTuple):
+    """``batch`` products of [m, k] and [k, n]: what a convolution comes down to as well."""
+
+    m: float
+    n: float
+    k: float
+    batch: float = 1.0
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.m * self.n * self.k * self.batch
+
+
+class AttentionSize(NamedTuple):
+    """One attention; ``queries`` is 1 when a token is decoded against a cache of ``keys``."""
+
+    batch: float
+    heads: float
+    kv_heads: float
+    queries: float
+    keys: float
+    head: float
+    causal: bool = False
+
+
 @dataclass(frozen=True)
 class Demand:
     """What one run of an operator asks for.
@@ -60,6 +85,7 @@ class Demand:
         vector: The other operations.
         reads, writes: Bytes by index of input and output, where they differ from the whole value.
         dtype: Of the dense operations, where it is not that of the inputs.
+        product, attention: The sizes of the dense operations, where they are those of one.
     """
 
     dense: float = 0.0
@@ -67,6 +93,8 @@ class Demand:
     reads: Mapping[int, float] = field(default_factory=dict)
     writes: Mapping[int, float] = field(default_factory=dict)
     dtype: str | None = None
+    product: Product | None = None
+    attention: AttentionSize | None = None
 
 
 class Site:

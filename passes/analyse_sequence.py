@@ -127,8 +127,11 @@ def _flow(graph: ir.Graph, sequence: Sequence) -> tuple[frozenset[ir.Value], Not
 def _set(sequence: Sequence, node: ir.Node, kind: Kind) -> None:
     if kind is Kind.STATIC:
         return
+    # A length is the same whatever the tokens are.
     sources = frozenset[ir.Value]().union(
         *(sequence.sources.get(v, frozenset()) for v in node.inputs if v is not None)
+        if kind is not Kind.LENGTH
+        else ()
     )
     whole = any(value in sequence.whole for value in node.inputs)
     for value in node.outputs:
@@ -154,11 +157,27 @@ def _prefix_stable(sequence: Sequence, node: ir.Node) -> bool:
         return kinds[0] is Kind.STATIC and kinds[2] is Kind.STATIC
     if node.op_type == "Gather":
         return kinds[0] is Kind.STATIC
+    if node.op_type == "Concat":
+        outputs = node.outputs[0]
+        return sequence.axis(outputs) not in (None, attribute(node, "axis", 0) % rank(outputs))
+    if node.op_type == "MatMul":
+        return _matmul_is_stable(sequence, node)
     if node.op_type == "Trilu":
         return all(kind is Kind.STATIC for kind in kinds[1:])
     if node.op_type == "Slice":
         return _keeps_a_prefix(sequence, node)
     return node.op_type in {"ConstantOfShape", *SHAPING}
+
+
+def _matmul_is_stable(sequence: Sequence, node: ir.Node) -> bool:
+    """Whether a product sums over something else than positions (angles: frequencies x places)."""
+    left, right = node.inputs[0], node.inputs[1]
+    kinds = sequence.kind(left), sequence.kind(right)
+    if kinds == (Kind.STATIC, Kind.TOTAL):
+        return rank(right) > 1 and sequence.axis(right) not in (None, rank(right) - 2)
+    if kinds == (Kind.TOTAL, Kind.STATIC):
+        return rank(left) > 1 and sequence.axis(left) not in (None, rank(left) - 1)
+    return False
 
 
 def _keeps_a_prefix(sequence: Sequence, node: ir.Node) -> bool:

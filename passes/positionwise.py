@@ -102,6 +102,14 @@ def _reduction(sequence: Sequence, node: ir.Node) -> bool:
     return sequence.axis(x) not in {int(axis) % rank(x) for axis in axes.ravel()}
 
 
+@rule("Slice")
+def _slice(sequence: Sequence, node: ir.Node) -> bool:
+    x, axes = node.inputs[0], constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    cut = range(rank(x)) if axes is None else [int(axis) % rank(x) for axis in axes.ravel()]
+    others = all(sequence.kind(value) is Kind.STATIC for value in node.inputs[1:])
+    return others and sequence.axis(x) not in cut
+
+
 @rule("Gather")
 def _gather(sequence: Sequence, node: ir.Node) -> bool:
     data, indices = node.inputs[0], node.inputs[1]

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import Pass, changed, option, weight
+from trivium.compiler.passing import Pass, changed, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import weights
+from trivium.passes.quantization import layers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,13 +36,15 @@ class PruneMagnitude(Pass):
         "layer", "Whether the share holds for each layer or over all", choices=("layer", "global")
     )
     min_elements: int = option(256, "Weights with fewer elements stay as they are")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity is {self.sparsity:g}: give a share from 0 to 1")
 
     def run(self, model: ir.Model) -> bool:
+        if sketching():
+            return False  # zeros change no form
         chosen = [value for value, _ in weights(model, self.exclude, self.min_elements)]
         threshold = global_threshold(chosen, self.sparsity) if self.scope == "global" else None
         modified = False

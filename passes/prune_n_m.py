@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import Pass, changed, decline, option, weight
+from trivium.compiler.passing import Pass, changed, decline, option, sketching, weight
 from trivium.compiler.types import Preserves
 from trivium.passes.pruning import summed_axis, weights
+from trivium.passes.quantization import layers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,13 +34,15 @@ class PruneNM(Pass):
     n: int = option(2, "Weights kept of each group")
     m: int = option(4, "Weights in a group")
     min_elements: int = option(256, "Weights with fewer elements stay as they are")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:
             raise ValueError(f"{self.n}:{self.m} keeps nothing or more than there is")
 
     def run(self, model: ir.Model) -> bool:
+        if sketching():
+            return False  # zeros change no form
         modified = False
         for value, node in weights(model, self.exclude, self.min_elements):
             array = weight(value)

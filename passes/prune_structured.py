@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,8 +15,10 @@ from trivium.compiler.passing import Pass, decline, dims, from_context, is_const
 from trivium.compiler.types import Preserves
 from trivium.passes.coupling import rank
 from trivium.passes.coupling.shrink import shrink
-from trivium.passes.coupling.units import Group, Units, find
+from trivium.passes.coupling.units import KINDS, Group, Units, find
 from trivium.passes.moments import powers
+from trivium.passes.quantization import layers
+from trivium.passes.remove_dead_code import RemoveDeadCode
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
@@ -52,7 +53,7 @@ class PruneStructured(Pass):
         0.0, "Share of the products' operations to leave, in place of a ratio; 0 goes by the ratio"
     )
     kinds: tuple[str, ...] = option(
-        ("channels", "heads", "neurons"), "What to remove: channels, heads, neurons"
+        KINDS, "What to remove; streams are channels that residual layers are added to"
     )
     rank: str = option(
         "magnitude",
@@ -63,7 +64,7 @@ class PruneStructured(Pass):
         "layer", "Whether the share holds for each group or over all", choices=("layer", "global")
     )
     multiple: int = option(1, "Leave a multiple of this many units, which suits some engines")
-    exclude: tuple[str, ...] = option((), "Names of nodes to leave alone; * and ? as in a shell")
+    exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     calibration: Iterable[Tensors] | None = from_context("calibration")
     gradients: Callable[[ir.Model], Iterator[Mapping[str, Array]]] | None = from_context(
@@ -75,7 +76,7 @@ class PruneStructured(Pass):
             raise ValueError(f"ratio is {self.ratio:g}: give a share from 0 to below 1")
         if not 0 <= self.operations <= 1:
             raise ValueError(f"operations is {self.operations:g}: give a share from 0 to 1")
-        unknown = set(self.kinds) - {"channels", "heads", "neurons"}
+        unknown = set(self.kinds) - set(KINDS)
         if unknown:
             raise ValueError(f"kinds holds {', '.join(sorted(unknown))}")
         if self.multiple < 1:
@@ -99,6 +100,7 @@ class PruneStructured(Pass):
         if not removed:
             return False
         shrink(units, removed)
+        RemoveDeadCode()(model)  # constants that were replaced
         before = model.metadata_props.get(DONE)
         model.metadata_props[DONE] = f"{before}; {signature}" if before else signature
         return True
@@ -110,7 +112,7 @@ class PruneStructured(Pass):
         return bool(products) and not self._excluded(products)
 
     def _excluded(self, nodes: Iterable[ir.Node]) -> bool:
-        return any(fnmatchcase(n.name or "", pattern) for n in nodes for pattern in self.exclude)
+        return any(layers.excluded(node, self.exclude) for node in nodes)
 
     def _chosen(self, group: Group) -> bool:
         readers = [node for value, _ in group.weights for node, _ in value.uses()]

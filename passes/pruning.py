@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.passing import attribute, decline, is_constant, is_op, weight
+from trivium.passes.quantization import layers
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -27,7 +27,7 @@ def weights(
         readers = [node for node, index in uses if index == 1 and is_op(node, *WEIGHTED)]
         if not readers or len(readers) != len(uses):
             continue
-        if any(fnmatchcase(n.name or "", pattern) for n in readers for pattern in exclude):
+        if any(layers.excluded(node, exclude) for node in readers):
             continue
         array = weight(value)
         assert array is not None

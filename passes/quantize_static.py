@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, from_context, option
+from trivium.compiler.passing import Pass, decline, from_context, option, sketching
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import layers, linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
 from trivium.passes.quantization.insertion import Inserter
 from trivium.passes.quantization.observers import OBSERVERS, Observer
+from trivium.passes.quantization.outlining import Outliner
 from trivium.passes.quantization.placement import DEFAULT, PLACEMENTS, Placement
 from trivium.passes.quantization.planning import Plan, plan
 
@@ -131,6 +132,9 @@ class QuantizeStatic(Pass):
                 ranges[made.root(value)] = known
             else:
                 observed.append(value)
+        if sketching():
+            ranges.update({made.root(value): (-1.0, 1.0) for value in observed})
+            return ranges
         if not observed:
             return ranges
         seen = self._calibrate(model, observed, placement)
@@ -175,7 +179,8 @@ class QuantizeStatic(Pass):
 
     def _inserter(self, graph: ir.Graph, placement: Placement) -> Inserter:
         activations, symmetric = self._grid(placement)
-        return Inserter(graph, activations, symmetric, self._weight_grid, self.per_channel)
+        kind = Outliner if sketching() else Inserter
+        return kind(graph, activations, symmetric, self._weight_grid, self.per_channel)
 
 
 def _forget_unknown(made: Plan, ranges: dict[ir.Value, tuple[float, float]]) -> None:

@@ -1,39 +1,59 @@
-"""Store the weights of matrix products as blocks of 4- or 8-bit integers; compute stays float."""
+"""Store the weights of matrix products as blocks of 2- to 8-bit integers; compute stays float."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import (
     Pass,
-    attribute,
     decline,
     dims,
-    initializer,
+    from_context,
     is_constant,
     is_op,
     option,
-    unread,
-    weight,
+    sketching,
 )
 from trivium.compiler.types import Preserves
-from trivium.passes.quantization import layers, linear
+from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
+from trivium.passes.quantization.blocks import Blocks, Form
+from trivium.passes.quantization.moments import Moment
 from trivium.passes.quantization.streaming import BlockedWeight
+from trivium.passes.quantization.walk import Walk
+
+if TYPE_CHECKING:
+    from trivium.compiler.backend import Tensors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_BITS = (4, 8)
+_BITS = (2, 3, 4, 8)
 _BLOCKS = (16, 32, 64, 128, 256, 512)
+_USUAL_BLOCK = 128
+_UNSEEN = "its input is unknown or NaN on the calibration data: rounded without it"
+_CALIBRATED = ("gptq", "awq")
 
 _STREAMED_BYTES = 4 << 20
-"""From this size on, a weight that lies in a file is quantized when it is written."""
+"""From this size on, a weight that lies in a file is rounded in stripes when it is written."""
 
-_STRIPE = 1 << 22
-"""Elements quantized at a time: temporaries stay small beside the largest weight."""
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be quantized: where it is stored, what reads it, and how it will be stored."""
+
+    value: ir.Value
+    readers: tuple[ir.Node, ...]
+    form: Form
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod([size or 0 for size in dims(self.value) or ()]))
 
 
 @dataclass(frozen=True)
@@ -43,8 +63,15 @@ class QuantizeWeights(Pass):
     A block is ``block_size`` values along the axis that the product sums over, with a scale of its
     own (and a zero point if asymmetric). This is the form that ONNX Runtime turns into
     MatMulNBits and TensorRT into its weight-only kernels: axis 0 of a [K, N] weight; Gemm's
-    transposed weights are stored the other way round for it. Large weights that lie in a file are
-    quantized when the model is written, one at a time, and never whole in memory.
+    transposed weights are stored the other way round for it.
+
+    ``rtn`` rounds to the nearest code; ``hqq`` fits the grids to all but the outliers; neither
+    takes data. ``gptq`` and ``awq`` take calibration data, which is run through the graph segment
+    by segment. GPTQ lets the weights that are not yet rounded make up for those that are, and later
+    layers for earlier ones; AWQ first enlarges the weights of the channels that are large.
+
+    One weight is in memory at a time; those of a large model are quantized when they are written.
+    Codes of 2 and 3 bits are stored in 4, so that a file of them is no smaller.
 
     Left alone: weights smaller than ``min_elements``, which gain nothing; those with NaN or
     infinity; weights that something besides MatMul and Gemm reads, since they would be stored
@@ -54,29 +81,68 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     preserves: ClassVar[Preserves] = "lossy"
 
+    method: str = option("rtn", "How weights are rounded", choices=("awq", "gptq", "hqq", "rtn"))
     bits: int = option(4, "Bits of a weight", choices=_BITS)
-    block_size: int = option(128, "Values that share a scale", choices=_BLOCKS)
+    block_size: int = option(
+        128,
+        "Values that share a scale; 0 = for each layer by its error against its time",
+        choices=(0, *_BLOCKS),
+    )
     symmetric: bool = option(True, "Whether blocks are symmetric about zero (no zero points)")
     min_elements: int = option(4096, "Weights with fewer elements stay as they are")
     exclude: tuple[str, ...] = option((), layers.EXCLUDE)
     precision: tuple[str, ...] = option(
-        (),
-        "Layers that differ: NAME=float, NAME=int8, NAME=int4/64; the last match counts",
+        (), "Layers that differ: NAME=float, NAME=int8, NAME=int4/64; the last match counts"
     )
+
+    calibration: Iterable[Tensors] | None = from_context("calibration")
 
     def __post_init__(self) -> None:
         self._choices()
 
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude, self._choices())
-        modified = False
         order = {node: index for index, node in enumerate(model.graph)}
-        for value in list(model.graph.initializers.values()):
+        if sketching():
+            return self._outlined(model, order)
+        found = self._sized(list(self._weights(model.graph)))
+        if not found:
+            return False
+        if self.method in _CALIBRATED and self.calibration is None:
+            raise BadInput(
+                f"{self.method} needs representative inputs",
+                about=self.name,
+                remedy="give them with --calib, or use method = 'rtn' or 'hqq'",
+            )
+        large = sum(4 * one.elements for one in found) > storing.KEPT
+        store = _Store(model, order, large)
+        match self.method:
+            case "rtn":
+                return store.all(found, blocks.nearest)
+            case "hqq":
+                return store.all(found, blocks.half_quadratic)
+            case "gptq":
+                return self._by_gptq(model, found, store)
+            case _:
+                return self._by_awq(model, found, store)
+
+    def _outlined(self, model: ir.Model, order: dict[ir.Node, int]) -> bool:
+        """Put the form of quantized weights where they would stand; nothing is read."""
+        found = list(self._weights(model.graph))
+        store = _Store(model, order, large=False)
+        for one in found:
+            form = replace(one.form, block_size=one.form.block_size or _USUAL_BLOCK)
+            reader = one.readers[0]
+            store.put(replace(one, form=form), storing.outlined(one.value, reader, form))
+        return bool(found)
+
+    # --- what to quantize ------------------------------------------------------------------------
+
+    def _weights(self, graph: ir.Graph) -> Iterator[Weight]:
+        for value in list(graph.initializers.values()):
             readers = [node for node, index in value.uses() if self._reads(node, index)]
-            if not readers or not self._fits(value, readers):
-                continue
-            modified |= self._quantize(model.graph, value, readers, order)
-        return modified
+            if readers and self._fits(value, readers):
+                yield Weight(value, tuple(readers), self._form(readers[0]))
 
     def _reads(self, node: ir.Node, index: int) -> bool:
         if index != 1 or not is_op(node, "MatMul", "Gemm"):
@@ -88,12 +154,12 @@ class QuantizeWeights(Pass):
     def _choices(self) -> tuple[layers.Choice, ...]:
         return layers.parse(self.precision, bits=_BITS, blocks=_BLOCKS)
 
-    def _form(self, node: ir.Node) -> tuple[int, int]:
-        """Bits and block size of a layer."""
+    def _form(self, node: ir.Node) -> Form:
         choice = layers.chosen(node, self._choices())
         if choice is None:
-            return self.bits, self.block_size
-        return choice.bits or self.bits, choice.block_size or self.block_size
+            return Form(self.bits, self.block_size, self.symmetric)
+        bits, size = choice.bits or self.bits, choice.block_size or self.block_size
+        return Form(bits, size, self.symmetric)
 
     def _fits(self, value: ir.Value, readers: list[ir.Node]) -> bool:
         shape = dims(value)
@@ -105,101 +171,172 @@ class QuantizeWeights(Pass):
             return False
         if len(value.uses()) != len(readers) or value.is_graph_output():
             return decline(value, "something besides the products reads it")
-        if len({_transposed(node) for node in readers}) > 1:
+        if len({storing.transposed(node) for node in readers}) > 1:
             return decline(value, "one product reads it transposed and another does not")
         return True
 
-    def _quantize(
-        self, graph: ir.Graph, value: ir.Value, readers: list[ir.Node], order: dict[ir.Node, int]
-    ) -> bool:
-        transposed = _transposed(readers[0])
-        bits, block_size = self._form(readers[0])
-        name = value.name or "weight"
-        tensor = value.const_value
-        assert tensor is not None
-        if (
-            isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
-            and tensor.nbytes >= _STREAMED_BYTES
-        ):
-            parts = BlockedWeight(
-                tensor,
-                transposed=transposed,
-                grid=_grid(bits, self.symmetric),
-                block_size=block_size,
-                symmetric=self.symmetric,
-                name=name,
-            ).tensors()
-        else:
-            array = weight(value)
-            assert array is not None
-            if not np.isfinite(array).all():
-                bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-                return decline(value, f"{bad} of {array.size} values are NaN or infinite")
-            parts = self._blocks(array.T if transposed else array, bits, block_size)
-        stored = [
-            initializer(graph, part, f"{name}_{what}")
-            for what, part in zip(("quantized", "scale", "zero_point"), parts, strict=False)
-        ]
-        restore = ir.node(
-            "DequantizeLinear",
-            stored,
-            {"axis": 0, "block_size": block_size},
-            name=f"{name}_dq",
-        )
-        result = restore.outputs[0]
-        result.name = f"{name}_dequantized"
-        result.shape, result.type = stored[0].shape, ir.TensorType(ir.DataType.FLOAT)
-        inside = [node for node in readers if node.graph is not graph]
-        anchor = graph[0] if inside else min(readers, key=order.__getitem__)
-        graph.insert_before(anchor, [restore])
-        for node in readers:
-            node.replace_input_with(1, result)
-            if transposed:
-                node.attributes["transB"] = ir.AttrInt64("transB", 0)
-        if unread(value):
-            graph.initializers.pop(name)
+    def _sized(self, found: list[Weight]) -> list[Weight]:
+        """Choose block sizes where they are left open."""
+        open_ones = [one for one in found if not one.form.block_size]
+        if not open_ones:
+            return found
+        errors = []
+        for one in open_ones:
+            matrix = storing.matrix(one.value, one.readers[0])
+            finite = storing.nonfinite(matrix) is None
+            errors.append(
+                {
+                    size: block_sizes.error(matrix, replace(one.form, block_size=size))
+                    if finite
+                    else 0.0
+                    for size in block_sizes.TIME
+                }
+            )
+        sizes = block_sizes.choose(errors, [one.elements for one in open_ones])
+        made = {
+            one.value: replace(one, form=replace(one.form, block_size=size))
+            for one, size in zip(open_ones, sizes, strict=True)
+        }
+        return [made.get(one.value, one) for one in found]
+
+    # --- with data -------------------------------------------------------------------------------
+
+    def _by_gptq(self, model: ir.Model, found: list[Weight], store: _Store) -> bool:
+        """Quantize a segment, then run it as it is now: later ones see what the errors make."""
+        modified = False
+        walk, at = self._walk(model, found)
+        for segment in walk:
+            here = [one for node in segment.nodes for one in at.get(node, ())]
+            by_input: dict[ir.Value, list[Weight]] = {}
+            for one in here:
+                value = one.readers[0].inputs[0]
+                assert value is not None
+                by_input.setdefault(value, []).append(one)
+            for value, group in by_input.items():
+                moment = Moment()
+                for (array,) in walk.run(segment, [value], keep=False):
+                    moment.update(group[0].readers[0], array)
+                for one in group:
+                    modified |= store.one(one, _rounding(one, moment))
+        rest = [one for one in found if one.value.uses()]
+        return store.all(rest, blocks.searched) or modified
+
+    def _by_awq(self, model: ir.Model, found: list[Weight], store: _Store) -> bool:
+        """Learn the factors on the float graph, then scale, then round."""
+        walk, at = self._walk(model, found)
+        wanted = {node: one.form for one in found for node in one.readers}
+        sites = activation_aware.sites(model.graph, wanted)
+        importance: dict[ir.Value, Array] = {}
+        factors: dict[ir.Value, Array] = {}
+        for segment in walk:
+            here = [one for node in segment.nodes for one in at.get(node, ())]
+            for value in dict.fromkeys(one.readers[0].inputs[0] for one in here):
+                moment = Moment()
+                assert value is not None
+                node = next(one.readers[0] for one in here if one.readers[0].inputs[0] is value)
+                for (array,) in walk.run(segment, [value], keep=False):
+                    moment.update(node, array)
+                if moment.total is None or moment.spoiled:
+                    decline(value, _UNSEEN)
+                    continue
+                importance[value] = np.diag(moment.matrix).copy()
+                if value in sites:
+                    factor = activation_aware.factors(sites[value], moment, wanted)
+                    if not (factor == 1).all():
+                        factors[value] = factor
+        for value, factor in factors.items():
+            sites[value].scale(model.graph, factor)
+            importance[value] = importance[value] / np.square(factor)
+        modified = bool(factors)
+        # Scaled weights are other constants than those that were found.
+        for one in self._sized(list(self._weights(model.graph))):
+            value = one.readers[0].inputs[0]
+            weights = importance.get(value) if value is not None else None
+            modified |= store.one(one, partial(blocks.searched, importance=weights))
+        return modified
+
+    def _walk(
+        self, model: ir.Model, found: list[Weight]
+    ) -> tuple[Walk, dict[ir.Node, list[Weight]]]:
+        """A walk with a segment for each input of weights; the weights by their first reader."""
+        assert self.calibration is not None
+        graph = model.graph
+        at: dict[ir.Node, list[Weight]] = {}
+        first: dict[ir.Value, ir.Node] = {}
+        order = {node: index for index, node in enumerate(graph)}
+        for one in found:
+            inside = [node for node in one.readers if node in order]
+            if not inside:
+                decline(one.value, "it is read in a body only, where no data is seen")
+                continue
+            node = min(inside, key=order.__getitem__)
+            at.setdefault(node, []).append(replace(one, readers=(node, *_others(one, node))))
+            value = node.inputs[0]
+            assert value is not None
+            first[value] = min(first.get(value, node), node, key=order.__getitem__)
+        observed = list(first)
+        return Walk(model, self.calibration, observed, cuts=set(first.values())), at
+
+
+def _others(one: Weight, node: ir.Node) -> tuple[ir.Node, ...]:
+    return tuple(other for other in one.readers if other is not node)
+
+
+def _rounding(one: Weight, moment: Moment) -> Callable[[Array, Form], Blocks]:
+    if moment.total is None or moment.spoiled:
+        decline(one.value, _UNSEEN)
+        return blocks.searched
+    return partial(gptq.quantize, moment=moment.matrix)
+
+
+@dataclass
+class _Store:
+    """Quantizes weights of a model, in the way that its size asks for."""
+
+    model: ir.Model
+    order: dict[ir.Node, int]
+    large: bool
+
+    def all(self, found: list[Weight], quantize: Callable[[Array, Form], Blocks]) -> bool:
+        """Quantize without data: that of a large model is put off until it is written."""
+        modified = False
+        deferred = storing.Deferred()
+        for one in found:
+            tensor = one.value.const_value
+            unread = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
+            long = tensor is not None and tensor.nbytes >= _STREAMED_BYTES
+            if unread and long and quantize is blocks.nearest:
+                self.put(one, self._streamed(one))
+                modified = True
+            elif unread and self.large:
+                parts = deferred.parts(one.value, one.readers[0], one.form, quantize)
+                self.put(one, parts)
+                modified = True
+            else:
+                modified |= self.one(one, quantize)
+        return modified
+
+    @staticmethod
+    def _streamed(one: Weight) -> list[ir.TensorProtocol]:
+        """The parts of a rounded weight, made in stripes while they are written."""
+        assert one.value.const_value is not None
+        return BlockedWeight(
+            one.value.const_value,
+            transposed=storing.transposed(one.readers[0]),
+            grid=one.form.textbook,
+            block_size=one.form.block_size,
+            symmetric=one.form.symmetric,
+            name=one.value.name or "weight",
+        ).tensors()
+
+    def one(self, one: Weight, quantize: Callable[[Array, Form], Blocks]) -> bool:
+        """Quantize one weight now."""
+        matrix = storing.matrix(one.value, one.readers[0])
+        if (problem := storing.nonfinite(matrix)) is not None:
+            return decline(one.value, problem)
+        made = quantize(matrix, one.form)
+        self.put(one, storing.spilled(self.model, made) if self.large else storing.eager(made))
         return True
 
-    def _blocks(self, matrix: Array, bits: int, block_size: int) -> list[ir.TensorProtocol]:
-        """Quantize a [K, N] matrix along K: codes, scales and, if asymmetric, zero points."""
-        grid = _grid(bits, self.symmetric)
-        rows, columns = matrix.shape
-        blocks = -(-rows // block_size)
-        codes = np.empty((rows, columns), np.int8 if grid.signed else np.uint8)
-        scales = np.empty((blocks, columns), np.float32)
-        zeros = np.zeros((blocks, columns), codes.dtype)
-        stripe = max(1, _STRIPE // max(1, columns * block_size))
-        for start in range(0, blocks, stripe):
-            end = min(start + stripe, blocks)
-            top, bottom = start * block_size, min(end * block_size, rows)
-            part = matrix[top:bottom]
-            edges = np.arange(0, bottom - top, block_size)
-            low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
-            scale, zero = linear.fit(low, high, grid, symmetric=self.symmetric)
-            scales[start:end], zeros[start:end] = scale, zero
-            wide_scale = np.repeat(scale, block_size, axis=0)[: bottom - top]
-            wide_zero = np.repeat(zero, block_size, axis=0)[: bottom - top]
-            codes[top:bottom] = linear.quantize(part, wide_scale, wide_zero, grid)
-        parts = [_tensor(codes, bits), ir.tensor(scales)]
-        return parts if self.symmetric else [*parts, _tensor(zeros, bits)]
-
-
-def _grid(bits: int, symmetric: bool) -> linear.Grid:
-    if symmetric:
-        return linear.grid(f"int{bits}")
-    return linear.full(f"uint{bits}")
-
-
-def _tensor(codes: Array, bits: int) -> ir.TensorProtocol:
-    """A stored tensor of codes: two to a byte, the first in the low half, where bits is 4."""
-    if bits == 8:
-        return ir.tensor(codes)
-    dtype = ir.DataType.INT4 if codes.dtype == np.int8 else ir.DataType.UINT4
-    flat = codes.reshape(-1).view(np.uint8)
-    packed = flat[0::2] & np.uint8(0xF)
-    packed[: flat.size // 2] |= flat[1::2] << np.uint8(4)
-    return ir.PackedTensor(packed, dtype, shape=ir.Shape(codes.shape))
-
-
-def _transposed(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+    def put(self, one: Weight, parts: list[ir.TensorProtocol]) -> None:
+        storing.replace(self.model.graph, one.value, one.readers, one.form, parts, self.order)

@@ -31,12 +31,17 @@ _SWAP = (0, 1, 3, 2)
 
 @dataclass
 class Scores:
-    """``scale * q @ k`` and what was added to it; ``k`` may still be transposed."""
+    """``scale * q @ k`` and what was added to it; ``k`` may still be transposed.
+
+    Attributes:
+        may_mask_all: Whether a boolean mask may leave a row without a key.
+    """
 
     q: ir.Value
     k_transposed: ir.Value
     scale: float
     mask: ir.Value | None = None
+    may_mask_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,22 +51,28 @@ class RecognizeAttention(NodePass):
     The scale may stand at q, at k or at the scores; the mask may be added or chosen by Where; keys
     and values that were repeated for groups of heads are taken as they were before.
 
+    A row whose keys are all masked has no softmax; a guard that turns its NaN into zeros goes,
+    since Attention has it built in.
+
     Left alone: operands of other than four axes, scores or probabilities that something else reads,
-    a mask that is not known to cover the keys, and a Where that could mask all keys of a row, since
-    such a row has no softmax.
+    a mask that is not known to cover the keys, and a Where without a guard that could mask all keys
+    of a row.
     """
 
     name: ClassVar[str] = "recognize-attention"
     preserves: ClassVar[Preserves] = "numeric"
 
     def rewrite(self, node: ir.Node) -> bool:
-        softmax = _softmax(node.inputs[0]) if is_op(node, "MatMul") else None
-        if softmax is None:
+        if not is_op(node, "MatMul") or node.inputs[0] is None:
             return False
         v = node.inputs[1]
-        if not read_once(softmax.outputs[0]):
+        probabilities, guarded = _unguarded(node.inputs[0])
+        softmax = _softmax(probabilities)
+        if softmax is None:
+            return False
+        if not read_once(node.inputs[0]) or not (guarded or read_once(probabilities)):
             return decline(softmax.outputs[0], "something else reads the probabilities")
-        found = _scores(softmax.inputs[0])
+        found = _scores(softmax.inputs[0], guarded)
         if found is None or v is None:
             return False
         for value in (found.q, found.k_transposed, v):
@@ -79,8 +90,21 @@ class RecognizeAttention(NodePass):
         return True
 
 
+def _unguarded(value: ir.Value) -> tuple[ir.Value, bool]:
+    """``x`` of ``where(isnan(x), 0, x)`` and whether that is what the value is."""
+    choice = producer(value, "Where")
+    if choice is None:
+        return value, False
+    test, zero, inner = producer(choice.inputs[0], "IsNaN"), choice.inputs[1], choice.inputs[2]
+    if test is None or inner is None or test.inputs[0] is not inner or scalar(zero) != 0:
+        return value, False
+    readers = {node for node, _ in inner.uses()}
+    alone = readers == {test, choice} and read_once(test.outputs[0])
+    return (inner, True) if alone and not inner.is_graph_output() else (value, False)
+
+
 def _softmax(value: ir.Value | None) -> ir.Node | None:
-    """The Softmax over the last axis that makes a value, a guard against NaN around it or not."""
+    """The Softmax over the last axis that makes a value."""
     softmax = producer(value, "Softmax")
     if softmax is None:
         return None
@@ -93,24 +117,25 @@ def _softmax(value: ir.Value | None) -> ir.Node | None:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def _scores(value: ir.Value | None) -> Scores | None:
+def _scores(value: ir.Value | None, guarded: bool) -> Scores | None:
     node = value.producer() if value is not None else None
     if node is None or value is None or not read_once(value):
         return None
     if is_op(node, "MatMul"):
         return _product(node)
     if is_op(node, "Mul", "Div"):
-        return _scaled_scores(node)
+        return _scaled_scores(node, guarded)
     if is_op(node, "Add"):
         for index in (0, 1):
-            inner, mask = _scores(node.inputs[index]), node.inputs[1 - index]
+            inner, mask = _scores(node.inputs[index], guarded), node.inputs[1 - index]
             if inner is not None and inner.mask is None and mask is not None:
                 inner.mask = mask
                 return inner
     if is_op(node, "Where"):
-        inner, filler = _scores(node.inputs[1]), scalar(node.inputs[2])
+        inner, filler = _scores(node.inputs[1], guarded), scalar(node.inputs[2])
         if inner is not None and inner.mask is None and filler is not None and filler <= _MASKED:
             inner.mask = node.inputs[0]
+            inner.may_mask_all = guarded and filler == -np.inf
             return inner
     return None
 
@@ -121,10 +146,10 @@ def _product(node: ir.Node) -> Scores | None:
     return Scores(q, k, left * right) if q is not None and k is not None else None
 
 
-def _scaled_scores(node: ir.Node) -> Scores | None:
+def _scaled_scores(node: ir.Node, guarded: bool) -> Scores | None:
     for index in (0, 1) if node.op_type == "Mul" else (0,):
         number = scalar(node.inputs[1 - index])
-        inner = _scores(node.inputs[index]) if number else None
+        inner = _scores(node.inputs[index], guarded) if number else None
         # A mask inside of a scaled sum would be scaled as well.
         if inner is not None and number and inner.mask is None:
             inner.scale *= number if node.op_type == "Mul" else 1 / number
@@ -157,7 +182,7 @@ def _mask_problem(found: Scores) -> str | None:
     if shape is None or keys is None or not 2 <= len(shape) <= 4:
         return "a mask that is not known to have two to four axes"
     if mask.dtype == ir.DataType.BOOL:
-        if not _keeps_one(mask):
+        if not found.may_mask_all and not _keeps_one(mask):
             return "it may mask all keys of a row"
     elif mask.dtype != found.q.dtype:
         return f"a mask of {mask.dtype} for scores of {found.q.dtype}"

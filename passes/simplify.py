@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from trivium.compiler.passing import Pass
 from trivium.compiler.types import Preserves
+from trivium.passes.fill_shapes import FillShapes
 from trivium.passes.fold_constants import FoldConstants
 from trivium.passes.infer_shapes import InferShapes
 from trivium.passes.lift_constants import LiftConstants
@@ -18,6 +19,7 @@ from trivium.passes.remove_no_ops import RemoveNoOps
 from trivium.passes.share_duplicates import ShareDuplicates
 from trivium.passes.trace_dims import TraceDims
 from trivium.passes.unflatten_softmax import UnflattenSoftmax
+from trivium.passes.unflatten_transpose import UnflattenTranspose
 
 ROUNDS = (
     LiftConstants(),
@@ -28,6 +30,8 @@ ROUNDS = (
     RemoveIdentities(),
     RemoveNoOps(),
     UnflattenSoftmax(),
+    UnflattenTranspose(),
+    FillShapes(),
     TraceDims(),
     RemoveDeadCode(),
     ShareDuplicates(),

@@ -17,8 +17,10 @@ from trivium.compiler.passing import (
     initializer,
     is_op,
     producer,
+    replace,
     scalar,
     splice,
+    unread,
 )
 from trivium.compiler.types import Preserves
 
@@ -31,7 +33,8 @@ _SAME_SHAPE = frozenset(
 
 @dataclass(frozen=True)
 class TraceDims(NodePass):
-    """Rewrite "the last dimension of q k^T" to "the last dimension of k", and so on to the source.
+    """Rewrite "the last dimension of q k^T" to "the last dimension of k", and so on to the source;
+    one that is known becomes a constant.
 
     Arithmetic on shapes then no longer keeps intermediate values alive, and equal questions become
     the same node. Only single elements of a Shape are traced.
@@ -44,17 +47,25 @@ class TraceDims(NodePass):
         shape = producer(node.inputs[0], "Shape") if is_op(node, "Gather", "Slice") else None
         if shape is None or shape.attributes or shape.inputs[0] is None:
             return False
+        if unread(node.outputs[0]):
+            return False
         known = dims(shape.inputs[0])
         axis = asked_axis(node, len(known)) if known is not None else None
-        if axis is None:
+        if axis is None or known is None:
             return False
+        size = known[axis]
+        if size is not None:
+            made = np.full(_asked_shape(node), size, np.int64)
+            stem = f"{node.outputs[0].name}_known"
+            replace(node.outputs[0], initializer(graph_of(node), made, stem))
+            return True
         source, traced = origin(shape.inputs[0], axis)
         if source is shape.inputs[0]:
             return False
         again = ir.node("Shape", [source])
-        size = len(dims(source) or ())
+        rank = len(dims(source) or ())
         again.outputs[0].shape, again.outputs[0].type = (
-            ir.Shape([size]),
+            ir.Shape([rank]),
             ir.TensorType(ir.DataType.INT64),
         )
         splice([node], [again, _ask(node, again.outputs[0], traced)])
@@ -77,6 +88,12 @@ def asked_axis(node: ir.Node, rank: int) -> int | None:
     first = start % rank
     last = min(end, rank) if end >= 0 else end + rank
     return first if last == first + 1 else None
+
+
+def _asked_shape(node: ir.Node) -> tuple[int, ...]:
+    """The shape in which one dimension is asked for."""
+    index = constant(node.inputs[1]) if is_op(node, "Gather") else None
+    return (1,) if index is None else index.shape
 
 
 def _ask(node: ir.Node, shape: ir.Value, axis: int) -> ir.Node:

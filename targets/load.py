@@ -3,19 +3,20 @@
 A file holds figures and, under ``[sources]``, where each was found; a figure that was not found
 anywhere is absent. What is doubtful stands in ``notes`` and reaches the reader of every prediction.
 ``[slices]`` lists the shapes in which a TPU is rented; rates and capacities are those of one chip.
+Prices, which age, are in ``prices.toml``.
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable
-from dataclasses import fields
-from functools import cache, partial
+from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from trivium.compiler.errors import BadInput
+from trivium.compiler.prices import Table, parse, priced
 from trivium.compiler.types import Target
 
 _DEVICES = files("trivium.targets") / "devices"
@@ -77,11 +78,32 @@ def load(name: str, topology: str | None = None) -> Target:
 
 def _target(name: str, document: dict[str, Any], **more: Any) -> Target:
     listed = {"backends": tuple(document["backends"]), "notes": tuple(document.get("notes", ()))}
-    return Target(name=name, **{**document, **listed, **more})
+    return priced(Target(name=name, **{**document, **listed, **more}), _prices())
 
 
-def __getattr__(name: str) -> Callable[[str | None], Target]:
+@cache
+def _prices() -> Table:
+    text = (files("trivium.targets") / "prices.toml").read_text(encoding="utf-8")
+    return parse(text, about="prices.toml")
+
+
+@dataclass(frozen=True)
+class Device:
+    """The maker of a device's targets.
+
+    Attributes:
+        slices: The shapes that it is rented in, smallest first; none if it is not.
+    """
+
+    name: str
+    slices: tuple[str, ...]
+
+    def __call__(self, topology: str | None = None) -> Target:
+        return load(self.name, topology)
+
+
+def __getattr__(name: str) -> Device:
     """The maker of a device's target (names as in ``TARGETS``, ``-`` and all)."""
     if name.startswith("_") or not (_DEVICES / f"{name}.toml").is_file():
         raise AttributeError(name)
-    return partial(load, name)
+    return Device(name, tuple(read(name).get("slices", {}).get("shapes", ())))

@@ -103,7 +103,7 @@ class FpgaBackend:
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
         flow = _flow(model, target)
-        return cost.estimate(flow, cost.fold(flow, target, {}), target)
+        return cost.estimate(flow, cost.fold(flow, target, {}), target, _frames(model))
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         import numpy as np
@@ -159,6 +159,13 @@ def _graph_type() -> type:
     import onnx_ir as ir
 
     return ir.Graph
+
+
+def _frames(model: ir.Model) -> int:
+    """Frames in one call: the batch of the model's first input."""
+    shape = model.graph.inputs[0].shape if model.graph.inputs else None
+    first = shape[0] if shape is not None and len(shape) else 1
+    return first if isinstance(first, int) else 1
 
 
 def _flow(model: ir.Model, target: Target) -> Dataflow:

@@ -303,17 +303,18 @@ def _shares() -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in USABLE.items())
 
 
-def estimate(flow: ir.Dataflow, folding: Folding, target: Target) -> Estimate:
-    """Predict one frame, and the period when frames follow one another."""
+def estimate(flow: ir.Dataflow, folding: Folding, target: Target, frames: int = 1) -> Estimate:
+    """Predict a call of so many frames, and the period when calls follow one another."""
     hertz = clock(target)
     launch = target.launch_s or 0.0
     period = folds.interval(flow, folding) / hertz
-    seconds = latency(flow, folding) / hertz + launch
+    seconds = latency(flow, folding) / hertz + (frames - 1) * period + launch
     rows = []
     for layer in flow.layers:
         macs = _macs(layer, flow)
-        spent = folds.cycles(layer, flow, folding).frame / hertz
-        rows.append(OpCost(layer.origin, layer.kind, spent, Work({"int8": 2.0 * macs}), "compute"))
+        spent = folds.cycles(layer, flow, folding).frame / hertz * frames
+        work = Work({"int8": 2.0 * macs * frames})
+        rows.append(OpCost(layer.origin, layer.kind, spent, work, "compute"))
     notes = list(flow.notes)
     if target.clock_hz is None:
         notes.append(f"the target states no clock: {DEFAULT_CLOCK_HZ / 1e6:.0f} MHz is asked for")
@@ -328,7 +329,7 @@ def estimate(flow: ir.Dataflow, folding: Folding, target: Target) -> Estimate:
         seconds,
         lo=0.9 * seconds,
         hi=2.0 * seconds,
-        period_s=period,
+        period_s=period * frames,
         bytes_peak=weights,
         bound="compute",
         resources=resources(flow, folding),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
-from trivium.targets.host import detect
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+    from trivium.compiler.cost import Profile
 
 
 class OnnxRuntimeBackend:
@@ -56,6 +58,11 @@ class OnnxRuntimeBackend:
         from trivium.backends.onnxruntime import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.onnxruntime import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)
@@ -109,15 +116,26 @@ def _session(path: str, without: Sequence[str]) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # By default it counts the cores of the machine, whichever this process may use: threads
-    # without a core of their own only wait for one another.
-    options.intra_op_num_threads = detect().cores
+    if threads := _threads():
+        options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
         )
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         raise BackendFailed(one_line(error), about="onnxruntime") from error
+
+
+def _threads() -> int:
+    """How many threads to ask for; 0 leaves it to ONNX Runtime.
+
+    It starts one for each core of the machine, also where this process is kept to fewer, and the
+    ones in excess spin against those that compute.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 class OnnxRuntimeExecutable:

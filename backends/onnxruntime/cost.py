@@ -1,6 +1,7 @@
 """What a call costs on ONNX Runtime's CPU provider.
 
-The efficiencies were fitted by ``benchmarks/fit_profiles.py cpu`` on one machine.
+Kernels are timed by `trivium.compiler.machines.cpu`. ``trivium calibrate cpu`` fits this machine;
+what ships was fitted on one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from trivium.compiler.cost import Profile, roofline
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Target, Workload
+from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
@@ -21,21 +23,26 @@ MELTING = (
 )
 """What ONNX Runtime fuses into the convolution or product before it."""
 
-PROFILE = Profile(
-    compute_efficiency=0.824,
-    memory_efficiency=0.9,
-    spread=0.51,
-    calibration="ONNX Runtime 1.32 on one Xeon core (AVX-512), 13 real models, "
-    "leave-one-model-out spread 0.51; more cores are assumed to share the work evenly",
-    launch_s=3.9e-8,
-    call_s=9.24e-6,
-    cache_speedup=7.17,
-    fused=lambda node: is_op(node, *MELTING),
-    arithmetic={"float16": ("float32",), "bfloat16": ("float32",)},
-    slowdown={"int8": 4.22},
-)
+
+def melts(node: ir.Node) -> bool:
+    """Activations and residual sums fuse, other elementwise operators are kernels."""
+    return is_op(node, *MELTING)
+
+
+def profile_for(target: Target) -> Profile:
+    """How the engine runs kernels on a CPU."""
+    machine = calibrations.cpu_machine(target, "onnxruntime")
+    calibration = machine.calibration
+    return Profile(
+        spread=calibration.spread,
+        calibration=calibration.basis,
+        call_s=calibration["call_s"],
+        fused=melts,
+        arithmetic={"float16": ("float32",), "bfloat16": ("float32",)},
+        machine=machine,
+    )
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    return roofline(model, with_bandwidth(target), workload, PROFILE)
+    return roofline(model, with_bandwidth(target), workload, profile_for(target))

@@ -53,6 +53,8 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
         "present_value_names": present_value,
     }
     kv_heads, head_size = key[1], key[3]
+    if not (isinstance(kv_heads, int) and isinstance(head_size, int)):
+        return "onnxruntime-genai needs to know the sizes of a cache"
     attention_heads = max([*heads, kv_heads])
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

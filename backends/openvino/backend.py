@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from trivium.compiler.cost import Profile
+
 FILE = "model.onnx"
 
 
@@ -58,6 +60,11 @@ class OpenVinoBackend:
         from trivium.backends.openvino import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.openvino import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         files = models.save(model, request.folder / FILE)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from trivium.compiler.cost import Profile
+
 BUILD, RUN, README = "build_engine.py", "run_engine.py", "README.md"
 _BUILD_SECONDS, _RUN_SECONDS, _PROBE_SECONDS = 3600, 600, 120
 
@@ -61,6 +63,11 @@ class TensorRTBackend:
         from trivium.backends.tensorrt import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.tensorrt import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         folder = request.folder

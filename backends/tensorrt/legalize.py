@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -64,6 +65,7 @@ class OpenUnsupported(DecomposeFunctions):
         return node.op_type in _openable()
 
 
+@cache
 def _openable() -> frozenset[str]:
     """Operators that ONNX defines by others and that the parser refuses."""
     import onnx.defs

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from trivium.compiler.cost import Profile
+
 LIBRARY, STAND_IN = "model.so", "stand_in.so"
 
 
@@ -59,6 +61,11 @@ class TvmBackend:
         from trivium.backends.tvm import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.tvm import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)

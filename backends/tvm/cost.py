@@ -1,7 +1,7 @@
 """What a call costs when TVM compiled it.
 
-Nothing of TVM was measured for these figures: they are a prior (generic schedules, untuned), and
-the interval says so.
+On a CPU ``trivium calibrate cpu`` fits this machine. Nothing of TVM was measured on a GPU: there
+the figures are a prior (generic schedules, untuned), and the interval says so.
 """
 
 from __future__ import annotations
@@ -9,38 +9,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trivium.compiler.cost import Profile, roofline
-from trivium.compiler.types import Estimate, Family, Target, Workload
+from trivium.compiler.types import Estimate, Target, Workload
+from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_CALIBRATION = "a prior for untuned schedules; nothing of TVM was measured"
-
-PROFILES: dict[Family, Profile] = {
-    "cpu": Profile(
-        compute_efficiency=0.1,
-        memory_efficiency=0.7,
-        spread=1.2,
-        calibration=_CALIBRATION,
-        launch_s=2e-6,
-        call_s=2e-5,
-        cache_speedup=7.17,  # as ONNX Runtime's on a Xeon
-        arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
-    ),
-    "gpu": Profile(
-        compute_efficiency=0.3,
-        memory_efficiency=0.7,
-        spread=1.0,
-        calibration=_CALIBRATION,
-        launch_s=2.2e-6,
-        call_s=3.24e-4,  # as TensorRT's on an A100
-        # Without tensor-core schedules everything runs in float32.
-        arithmetic=dict.fromkeys(("float32", "float16", "bfloat16", "int8", "int4"), ("float32",)),
-    ),
-}
-
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    return roofline(model, with_bandwidth(target), workload, PROFILES[target.family])
+    return roofline(model, with_bandwidth(target), workload, profile_for(target))
+
+
+def profile_for(target: Target) -> Profile:
+    """How TVM's kernels run on a target."""
+    if target.family == "cpu":
+        on_cpu = calibrations.cpu_machine(target, "tvm")
+        calibration = on_cpu.calibration
+        return Profile(
+            spread=calibration.spread,
+            calibration=calibration.basis,
+            call_s=calibration["call_s"],
+            arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
+            machine=on_cpu,
+        )
+    engine = calibrations.find(target, "engine_tvm")
+    machine = calibrations.gpu_machine(target, pace=engine["pace"])
+    spread, basis = calibrations.combined(engine, machine.calibrations)
+    # Without tensor-core schedules everything runs in float32.
+    narrow = ("float32", "float16", "bfloat16", "int8", "int4")
+    return Profile(
+        spread=spread,
+        calibration=basis,
+        call_s=engine["first_s"],
+        arithmetic=dict.fromkeys(narrow, ("float32",)),
+        machine=machine,
+    )

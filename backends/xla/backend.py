@@ -21,12 +21,13 @@ from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
-from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from trivium.compiler.cost import Profile
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
@@ -65,6 +66,11 @@ class XlaBackend:
         from trivium.backends.xla import cost
 
         return cost.estimate(model, target, workload)
+
+    def profile(self, target: Target) -> Profile:
+        from trivium.backends.xla import cost
+
+        return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         target = request.target
@@ -111,33 +117,22 @@ class XlaBackend:
         )
 
     def load(self, artifact: Artifact) -> Executable:
-        from trivium.backends.xla.executable import XlaExecutable
-        from trivium.backends.xla.generating import XlaDecoder
-
-        def load(artifact: Artifact) -> Executable:
-            executable = XlaExecutable(artifact)
-            if artifact.generator is None:
-                return executable
-            decoder = XlaDecoder(artifact.generator, executable)
-            return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target)
+        from trivium.backends.xla.generating import load
 
         return self._loaded(artifact, load)
 
     def load_to_verify(self, artifact: Artifact) -> Executable:
         """Load what is spread over devices that are not here onto simulated ones."""
-        from trivium.backends.xla import executable, simulation
-
-        if artifact.generator is not None:
-            return self.load(artifact)
+        from trivium.backends.xla import executable, generating, simulation
 
         def load(artifact: Artifact) -> Executable:
             details = artifact.manifest["details"]["xla"]
             if not simulation.devices_of(artifact) or executable.is_here(details):
-                return executable.XlaExecutable(artifact)
+                return generating.load(artifact)
             reason = simulation.hindrance(artifact)
             if reason is None:
                 return simulation.Simulation(artifact)
-            alone = executable.XlaExecutable(artifact)
+            alone = generating.load(artifact)
             alone.where += f"; not run as it is spread over devices: {reason}"
             return alone
 

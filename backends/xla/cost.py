@@ -1,12 +1,13 @@
 """What a call costs when XLA compiled it.
 
-Calibrations, by family (``benchmarks/fit_profiles.py`` prints the GPU figures):
+Calibrations, by family:
 
-- GPU: efficiencies from published bf16 GEMMs on A100, H100 and L40S; a family prior for others.
-- TPU: compute from MaxText's published training utilization (v4 and v5e, 50 to 67%), memory from
-  tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). An inference call of XLA's own was not measured.
-- CPU: ONNX Runtime's figures on one machine times the 1.03 to 1.31 by which XLA was slower on
-  MiniLM there.
+- GPU: the kernel formulas of `trivium.compiler.machines`, fitted to the kernels of other libraries
+  (``benchmarks/fit_calibrations.py``); what XLA adds is a prior.
+- TPU: `trivium.compiler.machines.tpu`, compute from MaxText's published training utilization,
+  memory from tpu-recipes' HBM copy on v6e (1360 of 1638 GB/s). No inference of XLA's was measured
+  on a TPU.
+- CPU: `trivium.compiler.machines.cpu`, as ``trivium calibrate cpu`` fits it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING
 from trivium.backends.xla import spread_cost
 from trivium.compiler import links
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
+from trivium.compiler.machines.tpu import TpuMachine
 from trivium.compiler.passing import is_op
-from trivium.compiler.types import Estimate, Family, Target, Workload
+from trivium.compiler.types import Estimate, Target, Workload
+from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
@@ -40,55 +43,49 @@ BF16_PASSES = 6.0
 """Passes of the TPU's bfloat16 units that make one float32 product at jax's precision "highest",
 which the backend compiles with so that the device computes what was verified."""
 
-CALL_S = 3.24e-4
-"""One call and its transfers: TensorRT's fitted figure on an A100, for want of one of XLA's own."""
 
-CALL_NOTE = "call overhead of 0.32 ms is TensorRT's on an A100; XLA's own was not measured"
-
-PROFILES: dict[Family, Profile] = {
-    "gpu": Profile(
-        compute_efficiency=0.688,
-        memory_efficiency=0.752,
-        spread=0.5,
-        calibration="published bf16 GEMMs on A100, H100, L40S (leave-one-out spread 0.31); "
-        "widened, since XLA's own kernels were not measured",
-        launch_s=2.2e-6,
-        call_s=CALL_S,
+def profile_for(target: Target) -> Profile:
+    """How XLA runs kernels on a target."""
+    if target.family == "cpu":
+        on_cpu = calibrations.cpu_machine(target, "xla")
+        calibration = on_cpu.calibration
+        return Profile(
+            spread=calibration.spread,
+            calibration=calibration.basis,
+            call_s=calibration["call_s"],
+            fused=melts,
+            arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
+            machine=on_cpu,
+        )
+    if target.family == "tpu":
+        product = calibrations.find(target, "product")
+        call = calibrations.find(target, "engine_xla")
+        return Profile(
+            spread=math.hypot(product.spread, call.spread),
+            calibration=f"{product.basis}; {call.basis}",
+            call_s=call["first_s"],
+            fused=melts,
+            arithmetic=dict.fromkeys(DEQUANTIZED, ("bfloat16",)),
+            slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
+            notes=("float32 products take six bfloat16 passes",),
+            machine=TpuMachine(product),
+        )
+    engine = calibrations.find(target, "engine_xla")
+    machine = calibrations.gpu_machine(target, pace=engine["pace"])
+    spread, basis = calibrations.combined(engine, machine.calibrations)
+    return Profile(
+        spread=spread,
+        calibration=basis,
+        call_s=engine["first_s"],
         fused=melts,
         arithmetic=dict.fromkeys(DEQUANTIZED, ("float32",)),
-        notes=(CALL_NOTE,),
-    ),
-    "tpu": Profile(
-        compute_efficiency=0.57,
-        memory_efficiency=0.83,
-        spread=0.7,
-        calibration="MaxText training utilization (v4, v5e) and an HBM copy on v6e; "
-        "no measured inference on a TPU",
-        launch_s=0.0,
-        call_s=CALL_S,
-        fused=melts,
-        arithmetic=dict.fromkeys(DEQUANTIZED, ("bfloat16",)),
-        slowdown=dict.fromkeys(DEQUANTIZED, BF16_PASSES),
-        notes=(CALL_NOTE, "float32 products take six bfloat16 passes"),
-    ),
-    "cpu": Profile(
-        compute_efficiency=0.824 / 1.15,
-        memory_efficiency=0.9,
-        spread=0.7,
-        calibration="ONNX Runtime's fit on one Xeon core, times 1.15 as XLA was 1.03 to 1.31 times "
-        "slower on MiniLM there; widened",
-        launch_s=3.9e-8,
-        call_s=2e-5,
-        cache_speedup=7.17,
-        fused=melts,
-        arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
-    ),
-}
+        machine=machine,
+    )
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
     """Predict one call of a legalized model."""
-    profile, devices = PROFILES[target.family], links.devices_of(target)
+    profile, devices = profile_for(target), links.devices_of(target)
     if devices > 1 and any(one.num_devices == devices for one in model.device_configurations):
         return spread_cost.estimate(model, target, workload, profile)
     if devices > 1:

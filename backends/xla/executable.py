@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import partition, platforms, weights
+from trivium.backends.xla import partition, pipeline, platforms, weights
 from trivium.backends.xla.partition import Partition
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -47,7 +47,10 @@ class XlaExecutable:
             name = f"{len(devices)} devices simulated on this CPU{self._meshes()}"
         stands_in = "" if self.measures_target else f" in place of {artifact.manifest['target']}"
         self.where = f"XLA (jax {artifact.backend.toolchain()['jax']}) on {name}{stands_in}"
-        stored = weights.arrays(artifact.path / artifact.manifest["weights"])
+        self._stored = weights.arrays(artifact.path / artifact.manifest["weights"])
+        self._staged_weights: dict[tuple[str, Any], Any] = {}
+        self.held: dict[str, Any] = {}
+        self._staged = False
         self._weights: dict[str, Any] = {}
         self._spread: dict[str, Any] = {}
         generator = artifact.generator
@@ -60,7 +63,8 @@ class XlaExecutable:
             for program, (_, function) in zip(artifact.programs, self._programs, strict=True)
         }
         self.inputs: Sequence[TensorInfo] = artifact.inputs
-        self._place(stored)
+        if not self._staged:
+            self._place(self._stored)
 
     def _wanted(self) -> int:
         """How many devices to use."""
@@ -68,7 +72,8 @@ class XlaExecutable:
 
     def _meshes(self) -> str:
         """How the simulated mesh differs from the real one, in words."""
-        for one in self._details["programs"].values():
+        for program in self._details["programs"].values():
+            one = (program.get("stages") or [program])[0]
             real, here = one["partition"]["mesh"], (one["simulated"] or one)["partition"]["mesh"]
             if real != here:
                 shape = "x".join(map(str, here.values()))
@@ -89,13 +94,57 @@ class XlaExecutable:
         return program.file, split
 
     def _load(self, folder: Path, program: Program) -> Any:
+        stages = self._details["programs"][program.name].get("stages")
+        if stages and (self._on_target or self._simulated):
+            return self._chain(folder, program, stages)
+        name, split = self._spread_as(program)
+        devices = self._devices[: split.devices]
+        names = [info.name for info in program.inputs]
+        caches = [name for name in names if name in self.caches]
+        inputs = [name for name in names if name not in caches]
+        function, mesh = self._function(folder / name, split, devices, inputs, caches)
+        self._whole = partition.sharding(mesh, [])
+        self._spread |= partition.shardings(mesh, split.weights, split.weights)
+        if caches:
+            self.held = partition.shardings(mesh, caches, split.inputs)
+        return function
+
+    def _chain(
+        self, folder: Path, program: Program, stages: Sequence[Mapping[str, Any]]
+    ) -> pipeline.Chain:
+        """The stages of a program, each on its part of the devices as far as there are enough."""
+        found = []
+        self._staged = True
+        for index, stage in enumerate(stages):
+            table = stage["simulated"] if self._simulated else stage
+            split = Partition.from_json(table["partition"])
+            apart = split.devices * len(stages) <= len(self._devices)
+            first = index * split.devices if apart else 0
+            devices = self._devices[first : first + split.devices]
+            caches = [name for name in stage["inputs"] if name in self.caches]
+            inputs = [name for name in stage["inputs"] if name not in caches]
+            file = folder / table["file"]
+            function, mesh = self._function(file, split, devices, inputs, caches)
+            self.held |= partition.shardings(mesh, caches, split.inputs)
+            given = partition.shardings(mesh, inputs, split.inputs)
+            own = self._placed(stage["weights"], mesh, split)
+            found.append(pipeline.Link(function, own, inputs, caches, given))
+        return pipeline.Chain(found, [info.name for info in program.outputs])
+
+    def _function(
+        self,
+        file: Path,
+        split: Partition,
+        devices: Sequence[Any],
+        inputs: Sequence[str],
+        caches: Sequence[str],
+    ) -> tuple[Any, Any]:
+        """An export as a function on some devices, and their mesh."""
         import jax
         import jax.export
 
         from trivium.backends.xla.lowering import precise
 
-        name, split = self._spread_as(program)
-        file = folder / name
         try:
             exported = jax.export.deserialize(bytearray(file.read_bytes()))
         except Exception as error:  # flatbuffers and jax raise many kinds for what is damaged
@@ -104,23 +153,33 @@ class XlaExecutable:
                 about=str(file),
                 remedy="compile the model again",
             ) from error
-        mesh = partition.mesh_of(split, self._devices[: split.devices])
-        self._whole = partition.sharding(mesh, [])
-        self._spread |= partition.shardings(mesh, split.weights, split.weights)
-        names = [info.name for info in program.inputs if info.name not in self.caches]
-        given = partition.shardings(mesh, names, split.inputs)
-        options = platforms.compiler_options(self._devices[0].platform)
-        shardings: tuple[Any, ...] = (None, given)
-        if self.caches:
-            self.held = partition.shardings(mesh, self.caches, split.inputs)
-            shardings = (*shardings, self.held)
+        mesh = partition.mesh_of(split, devices)
+        shardings: tuple[Any, ...] = (None, partition.shardings(mesh, inputs, split.inputs))
+        if caches:
+            shardings = (*shardings, partition.shardings(mesh, caches, split.inputs))
         with precise():
-            return jax.jit(
+            function = jax.jit(
                 exported.call,
                 in_shardings=shardings,
-                donate_argnums=(2,) if self.caches else (),
-                compiler_options=options,
+                donate_argnums=(2,) if caches else (),
+                compiler_options=platforms.compiler_options(devices[0].platform),
             )
+        return function, mesh
+
+    def _placed(self, names: Sequence[str], mesh: Any, split: Partition) -> dict[str, Any]:
+        """The weights of a stage on its devices, the same array where another program has it."""
+        import jax
+
+        from trivium.backends.xla.lowering import precise
+
+        own = {}
+        for name, where in partition.shardings(mesh, names, split.weights).items():
+            key = (name, where)
+            if key not in self._staged_weights:
+                with precise():
+                    self._staged_weights[key] = jax.device_put(self._stored[name], where)
+            own[name] = self._staged_weights[key]
+        return own
 
     def _place(self, stored: Mapping[str, Any]) -> None:
         import jax

@@ -7,7 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.backend import Executable
 from trivium.compiler.errors import BackendFailed
+from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.generation.slots import SlotDecoder
 from trivium.compiler.generator import Generator
 from trivium.compiler.onnx_api import one_line
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
     from trivium.backends.xla.executable import XlaExecutable
 
     Array = np.ndarray[Any, Any]
+
+
+def load(artifact: Artifact, *, simulated: bool = False) -> Executable:
+    """Load an artifact, a generator so that it can be driven; see `XlaExecutable`."""
+    from trivium.backends.xla.executable import XlaExecutable
+
+    executable = XlaExecutable(artifact, simulated=simulated)
+    if artifact.generator is None:
+        return executable
+    decoder = XlaDecoder(artifact.generator, executable)
+    return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target)
 
 
 class XlaDecoder(SlotDecoder):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from trivium.backends.xla.partition import Partition
+from trivium.backends.xla.partition import SIMULATED, Partition
 from trivium.backends.xla.process import death, raised
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Tensors
@@ -39,9 +39,14 @@ _FLAGS = (
 
 def devices_of(artifact: Artifact) -> int:
     """How many devices the simulation of an artifact takes; 0 if it has nothing to simulate."""
-    programs = artifact.manifest["details"]["xla"]["programs"].values()
-    tables = [one["simulated"] for one in programs if one.get("simulated")]
-    return max((Partition.from_json(table["partition"]).devices for table in tables), default=0)
+    most = 0
+    for one in artifact.manifest["details"]["xla"]["programs"].values():
+        if one.get("simulated"):
+            devices = Partition.from_json(one["simulated"]["partition"]).devices
+            all_stages = devices * len(one.get("stages") or [one])
+            # Stages have devices of their own if there are enough for all, else they share them.
+            most = max(most, all_stages if all_stages <= SIMULATED else devices)
+    return most
 
 
 def hindrance(artifact: Artifact) -> str | None:
@@ -59,7 +64,10 @@ def hindrance(artifact: Artifact) -> str | None:
 
 
 class Simulation:
-    """An artifact on simulated devices: an ``Executable`` whose work is done by a child."""
+    """An artifact on simulated devices: an ``Executable`` whose work is done by a child.
+
+    A generator is driven there too: what comes back is what `verify.outputs_of` gives.
+    """
 
     measures_target = False
 
@@ -127,7 +135,7 @@ class Simulation:
 
 def serve(folder: Path, requests: IO[str], answers: IO[str], files: Path) -> None:
     """Load the artifact of a folder, then run one file of feeds for each line of ``requests``."""
-    from trivium.backends.xla.executable import XlaExecutable
+    from trivium.backends.xla import generating
     from trivium.backends.xla.worker import error_json, translated
     from trivium.compiler import verify
 
@@ -135,11 +143,14 @@ def serve(folder: Path, requests: IO[str], answers: IO[str], files: Path) -> Non
         print(json.dumps(table), file=answers, flush=True)
 
     try:
-        executable = XlaExecutable(Artifact.open(folder, checked=False), simulated=True)
+        artifact = Artifact.open(folder, checked=False)
+        executable = generating.load(artifact, simulated=True)
         answer({"where": executable.where})
         for line in requests:
             (feeds,) = verify.read_samples(files / line.strip())
-            verify.write_samples(files, "results.npz", [executable.run(feeds)])
+            verify.write_samples(
+                files, "results.npz", verify.outputs_of(artifact, executable, [feeds])
+            )
             answer({"ok": True})
     except TriviumError as error:
         answer({"error": error_json(error)})

@@ -1,7 +1,7 @@
 """What a call costs when its program is spread over the devices of a slice.
 
 One device computes its share of every operator, at the rates that the roofline has for one; what
-the shares need from one another travels over the links (`trivium.compiler.links`). Nothing
+the shares need from one another travels over the links. Nothing
 overlaps: XLA hides some of the traffic behind compute, but how much was measured nowhere here.
 Stages run one after the other, so a call takes all of them and the next may follow after the
 slowest.
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 from trivium.backends.xla import sharding
 from trivium.compiler import links
-from trivium.compiler.cost import Profile, energy, interval, price, roofline
+from trivium.compiler.calibration import interval
+from trivium.compiler.cost import Profile, energy, price, roofline
 from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.machines import collectives as machines
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Work, Workload
 from trivium.compiler.work import value_bytes
 from trivium.passes.sharding import stages
 from trivium.passes.sharding.share import collectives, local
+from trivium.targets import calibrations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,7 +89,7 @@ def _traffic(
     sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
     travel += [("send", value_bytes(value), 2) for value in sent.values()]
     for kind, size, devices in travel:
-        seconds = links.seconds(target, kind, size, devices)
+        seconds = _seconds(kind, size, devices, target)
         if seconds is None:
             return None
         before = sums.get(kind, (0.0, 0.0))
@@ -95,6 +98,17 @@ def _traffic(
         OpCost(kind, kind, seconds, Work(bytes_read=size), "link")
         for kind, (seconds, size) in sums.items()
     )
+
+
+def _seconds(kind: links.Kind, size: float, devices: int, target: Target) -> float | None:
+    """Time of one collective whose result takes so many bytes on a device."""
+    if target.family != "gpu":
+        return links.seconds(target, kind, size, devices)
+    calibration = calibrations.find(target, machines.table(target))
+    operation: machines.Collective = "all_reduce" if kind == "all-reduce" else "all_gather"
+    whole = 2 * size if kind == "send" else size  # of a gathering over two, half is sent
+    found = machines.predict(operation, whole, devices, target, calibration)
+    return None if found is None else found.seconds
 
 
 def _together(timed: list[_Stage], target: Target, profile: Profile, count: int) -> Estimate:

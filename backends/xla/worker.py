@@ -13,6 +13,7 @@ For each program of the job it leaves in the artifact's folder
   annotated with how it is spread over them;
 - ``NAME.simulated.stablehlo``: the same once more for as few devices as a CPU can simulate, where
   they are too many and the program is to be verified;
+- ``NAME.stageN.*``: the same for each stage, where the annotations cut it (see `pipeline`);
 - ``NAME.hlo.txt``: the optimized, scheduled HLO of the device's own compiler, for reading;
 - ``NAME.cubin/*.cubin``: the machine code that it holds for an NVIDIA GPU, one file for each
   kernel module, for ``cuobjdump`` and its like.
@@ -35,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import hlo, partition, platforms, riegeli, sharding
+from trivium.backends.xla import hlo, partition, pipeline, platforms, riegeli, sharding
 from trivium.backends.xla.platforms import Device
 from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
@@ -186,8 +187,15 @@ def build_program(
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     exported_at = time.perf_counter()
 
-    outputs = _outputs(lowered, exported)
+    outputs = outputs_of(lowered, exported)
     wish = job.get("partition")
+    if wish is None and sharding.stages(model, len(devices)) > 1:
+        return {
+            **_described(lowered, outputs, mode),
+            **_staged(name, model, lowered, mode, job, device, devices),
+            "trace_seconds": round(exported_at - started, 3),
+            "compile_seconds": round(time.perf_counter() - exported_at, 3),
+        }
     layout = sharding.read(model, len(devices)) if wish is None else None
     if layout is None:
         split = partition.choose(lowered.inputs, outputs, len(devices), wish)
@@ -201,14 +209,14 @@ def build_program(
         constrained = lower(model, quantized=mode, shardings=constraints(layout, split))
         exported = export(constrained, device, job["precision"], caches, split)
         (folder / f"{name}.sharded.stablehlo").write_bytes(exported.serialize())
-    simulated = None
+    shown = None
     if job["verified"] and split.kind not in ("single", "replicated"):
         small = partition.reduced(split)
-        simulated = _simulated(name, split, small, lowered)
+        shown = simulated(name, split, small, lowered)
         if layout is not None and small != split:
             again = lower(model, quantized=mode, shardings=constraints(layout, small))
             exported_small = export(again, Device("cpu"), job["precision"], caches, small)
-            (folder / simulated["file"]).write_bytes(exported_small.serialize())
+            (folder / shown["file"]).write_bytes(exported_small.serialize())
     exported_again_at = time.perf_counter()
     compiled = compile_export(exported, lowered, split, devices, caches)
     compiled_at = time.perf_counter()
@@ -218,12 +226,9 @@ def build_program(
     memory = memory_of(compiled)
     fits(memory)
     return {
-        "inputs": [asdict(info) for info in lowered.inputs],
-        "outputs": [asdict(info) for info in outputs],
-        "quantized_products": mode,
-        "packed": lowered.packed,
+        **_described(lowered, outputs, mode),
         "partition": split.to_json(),
-        "simulated": simulated,
+        "simulated": shown,
         "memory": memory,
         "weights_bytes": weights_bytes,
         "machine_code": _machine_code(compiled, folder / f"{name}.cubin")
@@ -236,7 +241,59 @@ def build_program(
     }
 
 
-def _simulated(
+def _described(lowered: Any, outputs: Sequence[TensorInfo], mode: Mode) -> Json:
+    """What a program takes, gives, and how it was lowered."""
+    return {
+        "inputs": [asdict(info) for info in lowered.inputs],
+        "outputs": [asdict(info) for info in outputs],
+        "quantized_products": mode,
+        "packed": lowered.packed,
+    }
+
+
+def _staged(
+    name: str,
+    model: ir.Model,
+    lowered: Any,
+    mode: Mode,
+    job: Mapping[str, Any],
+    device: Device,
+    devices: list[Any],
+) -> Json:
+    """What there is to say of a program in stages: of each, and of the worst and all of them."""
+    stages = pipeline.build(name, model, mode, job, device, devices)
+    for one in stages:
+        _require_fit(one["memory"], _capacity(job, len(devices)), job["target"])
+    configuration = sharding.name_of(model, len(devices))
+    count = len(stages)
+    split = partition.Partition(
+        "annotated",
+        {"stage": count, **stages[0]["partition"]["mesh"]},
+        note=f"in {count} stages, one after the other, over {len(devices)} devices as the model "
+        f"says: {configuration}",
+    )
+    return {
+        "partition": split.to_json(),
+        "stages": stages,
+        "simulated": stages[0]["simulated"]
+        and {
+            "file": None,
+            "partition": max((one["simulated"]["partition"] for one in stages), key=_devices_in),
+            "bytes": sum(one["simulated"]["bytes"] for one in stages),
+        },
+        "memory": max((one["memory"] for one in stages), key=lambda m: sum(m.values())),
+        "weights_bytes": sum(tensor.nbytes for tensor in lowered.weights.values()),
+        "machine_code": None,
+        "collectives": pipeline.summed(stages),
+        "compiler_flops": None,
+    }
+
+
+def _devices_in(table: Mapping[str, Any]) -> int:
+    return partition.Partition.from_json(table).devices
+
+
+def simulated(
     name: str, split: partition.Partition, small: partition.Partition, lowered: Any
 ) -> Json:
     """What `simulation` runs of a program that is spread: its export if it is another, how that
@@ -329,7 +386,7 @@ def _apart(inputs: Json, caches: Sequence[str]) -> tuple[Json, ...]:
     return own, {name: inputs[name] for name in caches}
 
 
-def _outputs(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
+def outputs_of(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
     """The outputs with the shapes that tracing found; the model may leave theirs open."""
     import jax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,20 @@ from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput, ConstraintUnmet
 from trivium.compiler.explain.blame import Explanation
 from trivium.compiler.explain.budget import parse_budget
+from trivium.compiler.explain.prompt import explain_prompt
 from trivium.compiler.explain.run import explain as run
 
 
 def explain(arguments: argparse.Namespace) -> int:
     """Say what a recipe costs where; with a budget, write the recipe that keeps it."""
+    if arguments.prompt is not None or arguments.prompt_ids is not None:
+        return _explain_prompt(arguments)
+    if not arguments.recipe or not arguments.data:
+        raise BadInput(
+            "there is nothing to explain",
+            about="explain",
+            remedy="give --recipe NAME and --data FILE, or --prompt TEXT for a language model",
+        )
     limit = parse_budget(arguments.budget) if arguments.budget else None
     if arguments.out and limit is None:
         raise BadInput(
@@ -63,6 +73,57 @@ def explain(arguments: argparse.Namespace) -> int:
             remedy="; ".join(document["budget"]["notes"]) or "allow a larger drop",
         )
     return 0
+
+
+def _explain_prompt(arguments: argparse.Namespace) -> int:
+    """Attention maps and gradients for a prompt; both where neither is asked for."""
+    if arguments.html and not Path(arguments.html).parent.is_dir():
+        raise BadInput("no such folder", about=str(Path(arguments.html).parent))
+    # An accelerator would be slower for one prompt, and its plugins talk on standard error.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    both = not (arguments.attention or arguments.gradients)
+    with console.progress() as progress:
+        result = explain_prompt(
+            arguments.path,
+            arguments.prompt if arguments.prompt is not None else _ids(arguments.prompt_ids),
+            attention=arguments.attention or both,
+            gradients=arguments.gradients or both,
+            progress=progress,
+        )
+    document = result.to_json()
+    if arguments.html:
+        files.write_text(Path(arguments.html), report.explanation_html(document))
+    if arguments.json:
+        console.print_json(document)
+        return 0
+    print(f"next: {result.predicted_text!r} (probability {result.probability:.3f})")
+    if result.attribution is not None:
+        rows = [
+            (repr(token), f"{by_input:+.4f}", f"{integrated:+.4f}")
+            for token, by_input, integrated in zip(
+                result.tokens,
+                result.attribution.gradient_x_input,
+                result.attribution.integrated,
+                strict=True,
+            )
+        ]
+        console.print_table(("token", "gradient x input", "integrated"), rows)
+        print(f"integrated gradients miss {result.attribution.missing:.1%} of the difference")
+    rows = []
+    for one in result.attention:
+        for head, weights in enumerate(one.weights):
+            most = int(weights[-1].argmax())
+            rows.append((one.layer, str(head), f"{result.tokens[most]!r} {weights[-1][most]:.2f}"))
+    if rows:
+        console.print_table(("layer", "head", "the last token looks most at"), rows)
+    return 0
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput("not token ids", about=f"--prompt-ids {text}", remedy="5,17") from error
 
 
 def _print(result: Explanation, document: dict[str, Any], top: int) -> None:

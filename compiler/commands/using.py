@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler import evaluate, files, model, samples
+from trivium.compiler import evaluate, files, model, samples, track
 from trivium.compiler import verify as verification
 from trivium.compiler.artifact import Artifact, is_artifact
 from trivium.compiler.commands import console
@@ -69,6 +69,8 @@ def bench(arguments: argparse.Namespace) -> int:
         **timing.to_json(),
         "predicted_s": predicted,
     }
+    if arguments.track:
+        _track(arguments.track, artifact, timing.median_s, executable.measures_target)
     if arguments.json:
         console.print_json(document)
         return 0
@@ -83,6 +85,15 @@ def bench(arguments: argparse.Namespace) -> int:
         }
     )
     return 0
+
+
+def _track(path: str, artifact: Artifact, seconds: float, measures: bool) -> None:
+    """Add a run to the user's record, if it says anything of the prediction."""
+    run = track.of_bench(artifact.manifest, seconds) if measures else None
+    if run is None:
+        console.warn(f"not added to {path}: not run on its target, or never predicted")
+    else:
+        track.add(Path(path), run)
 
 
 def eval(arguments: argparse.Namespace) -> int:

@@ -6,28 +6,48 @@ import math
 from dataclasses import replace
 
 from trivium.compiler.errors import Unsupported
-from trivium.compiler.work import TRANSCENDENTAL, Demand, Site, formula
+from trivium.compiler.work import TRANSCENDENTAL, AttentionSize, Demand, Product, Site, formula
 
 _T = TRANSCENDENTAL
 
 
+def product_of(site: Site, depth: int, right: int = 1, out: int = 0) -> Product:
+    """The product behind a MatMul of any rank; one matrix for the whole batch makes one product."""
+    shape = site.out_shape(out)
+    width = shape[-1] if shape else 1
+    rows = math.prod(shape[:-1])
+    if len(site.shape(right)) <= 2:
+        return Product(rows, width, depth)
+    batch = math.prod(site.shape(right)[:-2])
+    return Product(rows / max(batch, 1), width, depth, batch)
+
+
+def matmul_demand(site: Site, dtype: str, depth: int, right: int = 1) -> Demand:
+    """2 x (elements of the output) x (length of the sum)."""
+    product = product_of(site, depth, right)
+    return Demand(2.0 * site.out_count() * depth, dtype=dtype, product=product)
+
+
 @formula("MatMul")
 def matmul(site: Site) -> Demand:
-    """2 x (elements of the output) x (length of the sum)."""
-    return Demand(2.0 * site.out_count() * site.shape()[-1], dtype=site.operand_dtype(0, 1))
+    return matmul_demand(site, site.operand_dtype(0, 1), site.shape()[-1])
 
 
-@formula("MatMulInteger", "QLinearMatMul")
+@formula("MatMulInteger")
 def integer_matmul(site: Site) -> Demand:
-    return Demand(2.0 * site.out_count() * site.shape()[-1], dtype="int8")
+    return matmul_demand(site, "int8", site.shape()[-1])
+
+
+@formula("QLinearMatMul")
+def qlinear_matmul(site: Site) -> Demand:
+    return matmul_demand(site, "int8", site.shape()[-1], right=3)
 
 
 @formula("Gemm")
 def gemm(site: Site) -> Demand:
     depth = site.shape()[0 if site.attr("transA", 0) else 1]
-    product = 2.0 * site.out_count() * depth
-    bias = float(site.out_count()) if site.has(2) else 0.0
-    return Demand(product, bias, dtype=site.operand_dtype(0, 1))
+    base = matmul_demand(site, site.operand_dtype(0, 1), depth)
+    return replace(base, vector=float(site.out_count()) if site.has(2) else 0.0)
 
 
 @formula("Einsum")
@@ -53,8 +73,16 @@ def einsum(site: Site) -> Demand:
 def convolution(site: Site, weight: int, bias: int, dtype: str) -> Demand:
     """2 x outputs x (input channels of a group x window), whatever the strides and dilations."""
     kernel = site.shape(weight)
-    product = 2.0 * site.out_count() * math.prod(kernel[1:])
-    return Demand(product, float(site.out_count()) if site.has(bias) else 0.0, dtype=dtype)
+    depth = math.prod(kernel[1:])
+    shape = site.out_shape()
+    groups = site.attr("group", 1)
+    pixels = float(shape[0] * math.prod(shape[2:]))
+    return Demand(
+        2.0 * site.out_count() * depth,
+        float(site.out_count()) if site.has(bias) else 0.0,
+        dtype=dtype,
+        product=Product(pixels, shape[1] / groups, depth, groups),
+    )
 
 
 @formula("Conv")
@@ -120,11 +148,22 @@ def recurrent(site: Site) -> Demand:
 
 
 def attention_demand(
-    batch: int, heads: int, queries: int, keys: int, head: int, value_head: int
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    head: int,
+    value_head: int,
+    kv_heads: int | None = None,
+    *,
+    causal: bool = False,
 ) -> Demand:
     """Scores and their application, softmax between; masked scores are counted like the others."""
     pairs = float(batch * heads * queries * keys)
-    return Demand(2.0 * pairs * (head + value_head), pairs * (_T + 6))
+    size = AttentionSize(
+        batch, heads, kv_heads or heads, queries, keys, (head + value_head) / 2, causal
+    )
+    return Demand(2.0 * pairs * (head + value_head), pairs * (_T + 6), attention=size)
 
 
 def _heads(site: Site, index: int, count: int) -> tuple[int, int, int, int]:
@@ -140,11 +179,13 @@ def _heads(site: Site, index: int, count: int) -> tuple[int, int, int, int]:
 @formula("Attention")
 def attention(site: Site) -> Demand:
     batch, heads, queries, head = _heads(site, 0, site.attr("q_num_heads", 0))
-    kv_heads = site.attr("kv_num_heads", 0)
-    _, _, keys, _ = _heads(site, 1, kv_heads)
+    _, kv_heads, keys, _ = _heads(site, 1, site.attr("kv_num_heads", 0))
     _, _, _, value_head = _heads(site, 2, kv_heads)
     past = site.shape(4)[2] if site.has(4) else 0
-    return attention_demand(batch, heads, queries, keys + past, head, value_head)
+    causal = bool(site.attr("is_causal", 0))
+    return attention_demand(
+        batch, heads, queries, keys + past, head, value_head, kv_heads, causal=causal
+    )
 
 
 @formula("LinearAttention")

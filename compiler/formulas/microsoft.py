@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trivium.compiler.formulas.dense import attention_demand, conv, gemm
+from trivium.compiler.formulas.dense import attention_demand, conv, gemm, matmul_demand
 from trivium.compiler.formulas.movement import copy
-from trivium.compiler.work import MICROSOFT, TRANSCENDENTAL, Demand, Site, formula
+from trivium.compiler.work import MICROSOFT, TRANSCENDENTAL, Demand, Product, Site, formula
 
 _T = TRANSCENDENTAL
 
@@ -58,7 +58,7 @@ def fused_matmul(site: Site) -> Demand:
     depth = site.shape()[-2 if site.attr("transA", 0) else -1]
     integer = site.node.op_type != "FusedMatMul"
     dtype = "int8" if integer else site.operand_dtype(0, 1)
-    return Demand(2.0 * site.out_count() * depth, dtype=dtype)
+    return matmul_demand(site, dtype, depth)
 
 
 @formula("FusedGemm", domain=MICROSOFT)
@@ -69,7 +69,7 @@ def fused_gemm(site: Site) -> Demand:
 @formula("QGemm", domain=MICROSOFT)
 def quantized_gemm(site: Site) -> Demand:
     depth = site.shape()[0 if site.attr("transA", 0) else 1]
-    return Demand(2.0 * site.out_count() * depth, dtype="int8")
+    return matmul_demand(site, "int8", depth, right=3)
 
 
 @formula("FusedConv", "NhwcFusedConv", domain=MICROSOFT)
@@ -82,7 +82,8 @@ def fused_conv(site: Site) -> Demand:
 def matmul_nbits(site: Site) -> Demand:
     """A float product with weights that are unpacked on the way (2 operations each)."""
     depth, width = site.attr("K"), site.attr("N")
-    return Demand(2.0 * site.out_count() * depth, 2.0 * depth * width, dtype=site.dtype)
+    base = matmul_demand(site, site.dtype, depth)
+    return replace(base, vector=2.0 * depth * width)
 
 
 @formula("GatherBlockQuantized", domain=MICROSOFT)
@@ -112,7 +113,8 @@ def group_query_attention(site: Site) -> Demand:
     batch, queries, width = site.out_shape()
     keys = site.out_shape(1)[2] if len(site.node.outputs) > 1 else queries
     head = width // heads
-    base = attention_demand(batch, heads, queries, keys, head, head)
+    kv_heads = site.attr("kv_num_heads", heads)
+    base = attention_demand(batch, heads, queries, keys, head, head, kv_heads, causal=True)
     rotated = 3.0 * site.out_count() if site.attr("do_rotary", 0) else 0.0
     written = {i: site.out_bytes(i) * queries / max(keys, 1) for i in (1, 2)}
     kept = {i: w for i, w in written.items() if i < len(site.node.outputs)}
@@ -129,4 +131,5 @@ def attention(site: Site) -> Demand:
     past = site.shape(past_index)[3] if site.has(past_index) else 0
     head = width // heads
     scores = attention_demand(batch, heads, queries, queries + past, head, head)
-    return replace(scores, dense=scores.dense + 2.0 * batch * queries * inputs * projected)
+    projection = Product(batch * queries, projected, inputs)
+    return replace(scores, dense=scores.dense + projection.operations, product=projection)

@@ -234,13 +234,10 @@ def driven_logits(decoder: Decoder[Any], rows: Sequence[Sequence[int]]) -> dict[
     """The logits at every token: the first half of each row by prefill, then token by token."""
     import numpy as np
 
-    generator = decoder.generator
     found = []
     for row in rows:
-        cache = decoder.start(rows=generator.rows or 1, capacity=len(row))
+        cache = decoder.start(capacity=len(row))
         half = max(1, len(row) // 2)
-        pieces = [row[:half], *([token] for token in row[half:])]
-        for piece in pieces:
-            fed = [piece] * (generator.rows or 1)
-            found.append(decoder.feed(cache, fed, keep=len(piece))[0])
-    return {generator.logits: np.concatenate(found)}
+        pieces = (row[:half], *([token] for token in row[half:]))
+        found += [decoder.feed(cache, [piece], keep=len(piece))[0] for piece in pieces]
+    return {decoder.generator.logits: np.concatenate(found)}

@@ -58,7 +58,6 @@ class GeneratorExecutable:
             tokens = [int(token) for token in own[keep]]
             if not tokens:
                 continue
-            cache = self._decoder.start(rows=generator.rows or 1, capacity=len(tokens))
-            found = self._decoder.feed(cache, [tokens] * (generator.rows or 1), keep=len(tokens))
-            logits[row, keep] = found[0]
+            cache = self._decoder.start(capacity=len(tokens))
+            logits[row, keep] = self._decoder.feed(cache, [tokens], keep=len(tokens))[0]
         return {generator.logits: logits}

@@ -82,15 +82,20 @@ class SlotDecoder(ABC):
     def start(self, rows: int = 1, capacity: int | None = None) -> SlotCache:
         limit = self.generator.context
         capacity = self._capacity(limit if capacity is None else min(capacity, limit))
+        in_all = self._rows(rows)
+        require_memory(self.generator, in_all, capacity)
+        return SlotCache([0] * rows, capacity, self._empty(in_all, capacity))
+
+    def _rows(self, rows: int) -> int:
+        """How many rows the buffers have for some: programs of a fixed batch have idle ones."""
         fixed = self.generator.rows
-        if fixed is not None and rows != fixed:
+        if fixed is not None and rows > fixed:
             raise BadInput(
-                f"{rows} rows, and the programs take {fixed}",
+                f"{rows} sequences at once, and the programs take {fixed}",
                 about="generate",
                 remedy=f"compile it again with --shape batch={rows}",
             )
-        require_memory(self.generator, rows, capacity)
-        return SlotCache([0] * rows, capacity, self._empty(rows, capacity))
+        return fixed or rows
 
     def feed(self, cache: SlotCache, tokens: Sequence[Sequence[int]], keep: int = 1) -> Array:
         import numpy as np
@@ -180,15 +185,18 @@ class SlotDecoder(ABC):
                 about="feed",
                 remedy="generate one sequence at a time",
             )
-        feeds: dict[str, Array] = {generator.tokens: np.pad(ids, ((0, 0), (0, padded - size)))}
+        idle = self._rows(rows) - rows
+        padding = ((0, idle), (0, padded - size))
+        feeds: dict[str, Array] = {generator.tokens: np.pad(ids, padding)}
         if generator.mask is not None:
             whole = cache.capacity if generator.form == "static" else filled + padded
-            mask = np.zeros((rows, whole), np.int64)
-            mask[:, : filled + padded] = kept
+            mask = np.zeros((rows + idle, whole), np.int64)
+            mask[:rows, : filled + padded] = kept
             feeds[generator.mask] = mask
         if generator.positions is not None:
             ahead = np.cumsum(kept[:, filled:], axis=1) - 1
-            feeds[generator.positions] = np.maximum(old[:, None] + ahead, 0)
+            places = np.maximum(old[:, None] + ahead, 0)
+            feeds[generator.positions] = np.pad(places, ((0, idle), (0, 0)))
         if generator.start is not None:
             feeds[generator.start] = np.array([filled])
         # What no row wants is asked for all the same where a program has a fixed place for it.
@@ -196,6 +204,7 @@ class SlotDecoder(ABC):
         if generator.chosen is not None:
             feeds[generator.chosen] = np.arange(wanted.start, wanted.stop)
         logits, cache.buffers = self._call(feeds, cache.buffers)
+        logits = logits[:rows]
         self._settle(cache, spans, size)
         if generator.chosen is None and generator.kept == "all":
             logits = logits[:, wanted.start : wanted.stop]
@@ -214,7 +223,17 @@ class SlotDecoder(ABC):
         for row, (have, (lo, hi)) in enumerate(zip(old, spans, strict=True)):
             own = [*range(filled - have, filled), *range(filled + lo, filled + hi)]
             slots[row, cache.filled - len(own) :] = own
-        cache.buffers = self._arrange([cache.buffers], [(0, row) for row in range(len(old))], slots)
+        cache.buffers = self._moved([cache.buffers], [(0, row) for row in range(len(old))], slots)
+
+    def _moved(
+        self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[int, int]], slots: Array
+    ) -> list[Any]:
+        """`_arrange`, with idle rows after the others where the programs have them."""
+        import numpy as np
+
+        idle = self._rows(len(places)) - len(places)
+        slots = np.pad(slots, ((0, idle), (0, 0)), constant_values=-1)
+        return self._arrange(buffers, [*places, *[(0, 0)] * idle], slots)
 
     def truncate(self, cache: SlotCache, lengths: Sequence[int]) -> None:
         if list(lengths) == cache.lengths:
@@ -255,7 +274,7 @@ class SlotDecoder(ABC):
             first = caches[index].filled - caches[index].lengths[source]
             slots[row, slots.shape[1] - length :] = np.arange(first, first + length)
         rows = [(index, source) for index, source, _ in places]
-        return SlotCache(lengths, capacity, self._arrange([c.buffers for c in caches], rows, slots))
+        return SlotCache(lengths, capacity, self._moved([c.buffers for c in caches], rows, slots))
 
 
 def _within(lo: int, hi: int, first: int, last: int) -> tuple[int, int]:

@@ -150,17 +150,16 @@ def product(
     width: Any = 2.0,
     weight_width: Any = None,
     out_width: Any = 2.0,
-    working_set: Any = None,
-    fresh_result: bool = True,
+    left_span: Any = np.inf,
+    right_span: Any = np.inf,
 ) -> Parts:
     """Time ``batch`` products of [m, k] and [k, n].
 
     Args:
         width, weight_width, out_width: Bytes of an element of the left and right operand, and of
             the result.
-        working_set: Bytes that are read before this product's operands are read again; by default
-            everything comes from memory.
-        fresh_result: Whether the result can stay in the L2 for its reader.
+        left_span, right_span: Bytes that pass through the L2 between two uses of the left and of
+            the right operand; by default both come from memory. A small result stays in the L2.
     """
     m, n, k, batch = (np.asarray(value, float).reshape(-1, 1) for value in (m, n, k, batch))
     width = np.asarray(width, float).reshape(-1, 1)
@@ -180,12 +179,14 @@ def product(
         np.ceil(tiles / together) * 2.0 * c["least_tile"] / rate,
     )
 
-    reads = (width * m * k + right_width * n * k) * batch
     kept = chip.cache * c["resident"]
-    span = np.inf if working_set is None else np.asarray(working_set, float).reshape(-1, 1) + out
-    cold = np.clip(span / kept - 1.0, 0.0, 0.5) / 0.5
-    spilled = np.clip(2.0 * out / kept - 1.0, 0.0, 0.5) / 0.5 if fresh_result else 1.0
-    memory = (reads * cold + out * spilled) / (chip.bandwidth * c["memory"])
+
+    def cold(span: Any) -> Array:
+        found = np.asarray(span, float).reshape(-1, 1) + out
+        return np.asarray(np.clip(found / kept - 1.0, 0.0, 0.5) / 0.5)
+
+    reads = (width * m * k * cold(left_span) + right_width * n * k * cold(right_span)) * batch
+    memory = (reads + out * cold(out)) / (chip.bandwidth * c["memory"])
 
     through = batch * (rows * right_width * n * k + columns * width * m * k) + c["write"] * out
     through = through + np.where(_S > 1, 8.0 * m * n * batch * _S, 0.0)

@@ -56,9 +56,8 @@ DECODE_START: Mapping[str, float] = {
     "on_chip": 0.0035,
 }
 """memory: share of the peak bandwidth; base_cycles: launches; split_cycles: combining the parts of
-a cache that was split; least_keys: below which a group takes no less; resident: share of the L2 that
-keeps its content between calls; on_chip: its bytes for each operation at the peak of half
-precision."""
+a split cache; least_keys: below which a group takes no less; resident: share of the L2 that keeps
+its content between calls; on_chip: its bytes for each operation at the peak of half precision."""
 
 DECODE_BOUNDS: Mapping[str, tuple[float, float]] = {
     "memory": (0.2, 1.0),

@@ -76,7 +76,7 @@ function bars(parent, rows, figure, tip) {
   shown.forEach((row, index) => {
     const y = top + index * line, value = figure.value(row), interval = figure.interval(row), measured = figure.measured(row);
     const group = svg("g", { class: row.family, tabindex: 0 }, root);
-    const name = row.target + (row.several ? ` · ${row.backend}` : "") + (row.recipe === "none" ? "" : ` · ${row.recipe}`);
+    const name = row.target + (row.several ? ` · ${row.backend}` : "") + (row.recipe === "none" ? "" : ` · ${row.recipe}`) + (row.batch > 1 ? ` · ${row.batch}` : "");
     const bar = narrow ? y + 18 : y + 5;
     svg("rect", { x: 0, y, width, height: line, fill: "transparent" }, group);
     if (narrow) svg("text", { x: left, y: y + 13 }, group, name);
@@ -149,4 +149,50 @@ function roofline(parent, rows, chosen, tip, choose) {
     tip(dot, () => `${row.title || row.target}\n${scaled(py, "op/s")} of ${scaled(row.roofline.peak_ops, "op/s")}\n${row.bound} bound`);
   }
   return active;
+}
+
+// Dots and lines over linear or logarithmic axes: series of {points: [{x, y, tip}], line, name}.
+function plot(parent, series, axes) {
+  parent.replaceChildren();
+  const all = series.flatMap(one => one.points);
+  if (!all.length) {
+    parent.append(Object.assign(document.createElement("p"), { className: "quiet", textContent: axes.none || "Nothing to show." }));
+    return;
+  }
+  const width = Math.max(parent.clientWidth, 300), height = axes.height || 280;
+  const left = 64, right = 14, top = 12, bottom = 40;
+  const scale = (values, from, to, log) => {
+    const at = log ? Math.log10 : v => v;
+    let low = Math.min(...values.map(at)), high = Math.max(...values.map(at));
+    const pad = (high - low || Math.abs(high) || 1) * .06;
+    low -= pad; high += pad;
+    const place = v => from + (at(v) - low) / (high - low) * (to - from);
+    const marks = [0, 1, 2, 3, 4].map(i => { const v = low + (high - low) * i / 4; return log ? 10 ** v : v; });
+    return { place, marks };
+  };
+  const x = scale([...all.map(p => p.x), ...(axes.showX || [])], left, width - right, axes.logX);
+  const y = scale([...all.map(p => p.y), ...(axes.showY || [])], height - bottom, top, axes.logY);
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": axes.label }, parent);
+  for (const mark of x.marks) {
+    svg("line", { x1: x.place(mark), x2: x.place(mark), y1: top, y2: height - bottom, class: "grid" }, root);
+    if (axes.tickX) svg("text", { x: x.place(mark), y: height - bottom + 16, "text-anchor": "middle", class: "quiet" }, root, axes.tickX(mark));
+  }
+  for (const mark of y.marks) {
+    svg("line", { x1: left, x2: width - right, y1: y.place(mark), y2: y.place(mark), class: "grid" }, root);
+    svg("text", { x: left - 8, y: y.place(mark) + 4, "text-anchor": "end", class: "quiet" }, root, axes.tickY(mark));
+  }
+  if (axes.x) svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "quiet" }, root, axes.x);
+  for (const line of axes.lines || []) {
+    svg("line", { x1: left, x2: width - right, y1: y.place(line.y), y2: y.place(line.y), class: "limit" }, root);
+    svg("text", { x: width - right, y: y.place(line.y) - 5, "text-anchor": "end", class: "quiet" }, root, line.label);
+  }
+  for (const one of series) {
+    if (one.line) svg("path", { d: one.points.map((p, i) => `${i ? "L" : "M"}${x.place(p.x)} ${y.place(p.y)}`).join(""), class: "stroke " + one.name, fill: "none", "stroke-width": 2 }, root);
+    if (one.line && one.points.length > 150) continue;
+    for (const p of one.points) {
+      const dot = svg("circle", { cx: x.place(p.x), cy: y.place(p.y), r: p.large ? 7 : one.line ? 3 : 4.5, class: "fill " + (p.name || one.name), opacity: p.faint ? .3 : .9, tabindex: 0 }, root);
+      if (p.label) svg("text", { x: x.place(p.x) + 9, y: y.place(p.y) + 4, class: "quiet" }, root, p.label);
+      axes.hint(dot, () => p.tip);
+    }
+  }
 }

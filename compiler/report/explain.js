@@ -5,51 +5,6 @@ const decibels = noise => noise === null || noise === undefined ? null : noise =
 const db = value => value === null || value === undefined ? "–" : value === Infinity ? "exact" : value.toFixed(1) + " dB";
 const points = value => value === null || value === undefined ? "–" : (Math.abs(value) < 5e-5 ? 0 : value).toFixed(4);
 
-// Dots and lines over linear or logarithmic axes: series of {points: [{x, y, tip}], line, name}.
-function plot(parent, series, axes) {
-  parent.replaceChildren();
-  const all = series.flatMap(one => one.points);
-  if (!all.length) {
-    parent.append(html("p", { className: "quiet", textContent: axes.none || "Nothing to show." }));
-    return;
-  }
-  const width = Math.max(parent.clientWidth, 300), height = axes.height || 280;
-  const left = 64, right = 14, top = 12, bottom = 40;
-  const scale = (values, from, to, log) => {
-    const at = log ? Math.log10 : v => v;
-    let low = Math.min(...values.map(at)), high = Math.max(...values.map(at));
-    const pad = (high - low || Math.abs(high) || 1) * .06;
-    low -= pad; high += pad;
-    const place = v => from + (at(v) - low) / (high - low) * (to - from);
-    const marks = [0, 1, 2, 3, 4].map(i => { const v = low + (high - low) * i / 4; return log ? 10 ** v : v; });
-    return { place, marks };
-  };
-  const x = scale([...all.map(p => p.x), ...(axes.showX || [])], left, width - right, axes.logX);
-  const y = scale([...all.map(p => p.y), ...(axes.showY || [])], height - bottom, top, axes.logY);
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": axes.label }, parent);
-  for (const mark of x.marks) {
-    svg("line", { x1: x.place(mark), x2: x.place(mark), y1: top, y2: height - bottom, class: "grid" }, root);
-    if (axes.tickX) svg("text", { x: x.place(mark), y: height - bottom + 16, "text-anchor": "middle", class: "quiet" }, root, axes.tickX(mark));
-  }
-  for (const mark of y.marks) {
-    svg("line", { x1: left, x2: width - right, y1: y.place(mark), y2: y.place(mark), class: "grid" }, root);
-    svg("text", { x: left - 8, y: y.place(mark) + 4, "text-anchor": "end", class: "quiet" }, root, axes.tickY(mark));
-  }
-  if (axes.x) svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "quiet" }, root, axes.x);
-  for (const line of axes.lines || []) {
-    svg("line", { x1: left, x2: width - right, y1: y.place(line.y), y2: y.place(line.y), class: "limit" }, root);
-    svg("text", { x: width - right, y: y.place(line.y) - 5, "text-anchor": "end", class: "quiet" }, root, line.label);
-  }
-  for (const one of series) {
-    if (one.line) svg("path", { d: one.points.map((p, i) => `${i ? "L" : "M"}${x.place(p.x)} ${y.place(p.y)}`).join(""), class: "stroke " + one.name, fill: "none", "stroke-width": 2 }, root);
-    if (one.line && one.points.length > 150) continue;
-    for (const p of one.points) {
-      const dot = svg("circle", { cx: x.place(p.x), cy: y.place(p.y), r: p.large ? 7 : one.line ? 2.5 : 4.5, class: "fill " + (p.name || one.name), opacity: p.faint ? .35 : .9, tabindex: 0 }, root);
-      tip(dot, () => p.tip);
-    }
-  }
-}
-
 function drawHead(blame) {
   document.title = `${data.model} · Trivium`;
   byId("title").textContent = data.model;
@@ -79,7 +34,7 @@ function drawPath(blame) {
   let seen = 0;
   for (const layer of blame.layers) order.set(layer.name, at.has(layer.name) ? at.get(layer.name) : Math.round(blame.path.length * seen++ / blame.layers.length));
   const dots = blame.layers.map(layer => ({ x: order.get(layer.name), y: decibels(layer.local_noise), tip: `${layer.name} (${layer.op_type})\nalone ${db(decibels(layer.local_noise))}` })).filter(p => Number.isFinite(p.y));
-  plot(byId("path"), [{ name: "accent", line: true, points: line }, { name: "tpu", points: dots }], { label: "Noise along the graph", tickY: v => v.toFixed(0) + " dB", x: "from the input to the output", none: "No value differs." });
+  plot(byId("path"), [{ name: "accent", line: true, points: line }, { name: "tpu", points: dots }], { hint: tip, label: "Noise along the graph", tickY: v => v.toFixed(0) + " dB", x: "from the input to the output", none: "No value differs." });
 }
 
 const noiseFigure = {
@@ -99,7 +54,7 @@ function drawBudget() {
   const memory = budget.objective === "memory", x = p => memory ? p.weights_bytes : p.seconds, shown = memory ? bytes : seconds;
   const what = p => Object.entries(p.layers).map(([name, count]) => `${count} ${name}`).join(", ") || "all float";
   const dots = budget.front.filter(x).map(p => ({ x: x(p), y: p.drop, large: p.best, faint: !p.pareto && !p.best, name: p.best ? "measured" : "accent", tip: `${what(p)}\n${shown(x(p))}, ${data.metric} ${digits(p.value)}\ndrop ${points(p.drop)}${p.best ? "\nchosen" : ""}` }));
-  plot(byId("front"), [{ name: "accent", points: dots }], { label: "Mixes of precision", tickX: v => short(shown(v)), tickY: v => v.toFixed(3), x: memory ? "weights" : `predicted on ${budget.target} by ${budget.backend}`, lines: [{ y: budget.max_drop, label: "the limit" }], showY: [0, budget.max_drop] });
+  plot(byId("front"), [{ name: "accent", points: dots }], { hint: tip, label: "Mixes of precision", tickX: v => short(shown(v)), tickY: v => v.toFixed(3), x: memory ? "weights" : `predicted on ${budget.target} by ${budget.backend}`, lines: [{ y: budget.max_drop, label: "the limit" }], showY: [0, budget.max_drop] });
   const verified = budget.verified;
   byId("verdict").textContent = [verified ? `Verified for real: ${data.metric} ${digits(verified.value)} on ${verified.samples}, drop ${points(verified.drop)}.` : "No mix is better than float within the limit.", ...budget.notes].join(" ");
   byId("toml").textContent = budget.recipe || "";
@@ -124,7 +79,70 @@ function drawTables(blame) {
   sortable(byId("passes"), [["After the pass", r => r.name], ["Output SNR", r => decibels(r.output_noise), db], [data.metric, r => r.value, digits], ["Drop", r => r.drop, points]], blame.passes);
 }
 
+// --- a prompt ---
+
+const shown = text => text.replace(/\n/g, "\u21b5") || "\u2205";
+
+// The prompt's tokens, coloured by what they did: one colour for, the other against.
+function drawTokens() {
+  const found = data.gradients, kinds = [["integrated", "Integrated gradients"], ["gradient_x_input", "Gradient times input"]];
+  const kind = state.kind || "integrated", values = found ? found[kind] : data.tokens.map(() => 0);
+  const most = Math.max(...values.map(Math.abs), 1e-12);
+  const spans = data.tokens.map((text, index) => {
+    const span = html("span", { className: "token", textContent: shown(text), tabIndex: 0 });
+    const share = Math.round(70 * Math.abs(values[index]) / most);
+    span.style.background = `color-mix(in srgb, var(${values[index] >= 0 ? "--accent" : "--measured"}) ${share}%, transparent)`;
+    tip(span, () => `${data.tokens[index]}\n${found ? values[index].toFixed(4) : ""}`);
+    return span;
+  });
+  const buttons = found ? kinds.map(([key, label]) => {
+    const button = html("button", { type: "button", textContent: label });
+    button.dataset.kind = key;
+    button.setAttribute("aria-pressed", String(key === kind));
+    button.addEventListener("click", () => { state.kind = key; drawTokens(); });
+    return button;
+  }) : [];
+  const group = html("div", {}, ...buttons);
+  group.setAttribute("role", "group");
+  const next = html("p", { className: "quiet small", textContent: `Next: "${shown(data.predicted.text)}", probability ${digits(data.predicted.probability)}.` + (found ? ` Blue tokens raised its logit of ${digits(found.logit)}, red ones lowered it; integrated gradients miss ${(100 * found.missing).toFixed(1)}% of the difference.` : "") });
+  byId("tokens").replaceChildren(group, html("p", { className: "tokens" }, ...spans), next);
+}
+
+// All heads of a layer as small maps, row = the token that looks, column = what it looks at.
+function drawHeads() {
+  const layers = data.attention;
+  if (!layers.length) { byId("heads").replaceChildren(); return; }
+  const at = Math.min(state.layer || 0, layers.length - 1), count = data.tokens.length;
+  const select = html("select", { ariaLabel: "Layer" }, ...layers.map((one, index) => html("option", { value: index, textContent: one.layer, selected: index === at })));
+  select.addEventListener("change", () => { state.layer = Number(select.value); drawHeads(); });
+  const maps = layers[at].heads.map((head, number) => {
+    const canvas = html("canvas", { width: count, height: count, className: "map" });
+    const context = canvas.getContext("2d"), colour = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+    context.fillStyle = colour;
+    head.forEach((row, y) => row.forEach((value, x) => { context.globalAlpha = Math.min(1, value); context.fillRect(x, y, 1, 1); }));
+    const place = event => {
+      const box = canvas.getBoundingClientRect();
+      return [Math.floor((event.clientX - box.left) / box.width * count), Math.floor((event.clientY - box.top) / box.height * count)].map(v => Math.max(0, Math.min(count - 1, v)));
+    };
+    let text = `head ${number}`;
+    canvas.addEventListener("pointermove", event => { const [x, y] = place(event); text = `head ${number}\n"${shown(data.tokens[y])}" looks at "${shown(data.tokens[x])}": ${head[y][x].toFixed(3)}`; });
+    tip(canvas, () => text);
+    return html("figure", {}, canvas, html("figcaption", { className: "quiet small", textContent: `head ${number}` }));
+  });
+  byId("heads").replaceChildren(html("h2", { textContent: "Attention" }), select, html("div", { className: "maps" }, ...maps), html("p", { className: "quiet small", textContent: "Rows are the tokens that look, columns what they look at; darker is more. Every row sums to one." }));
+}
+
+function drawPrompt() {
+  document.title = `${data.model} · Trivium`;
+  byId("title").textContent = data.model;
+  byId("subtitle").textContent = `${data.tokens.length} tokens`;
+  for (const panel of document.querySelectorAll("main > section")) panel.hidden = panel.id !== "prompt";
+  drawTokens();
+  drawHeads();
+}
+
 function draw() {
+  if (data.kind === "prompt") { drawPrompt(); return; }
   const blame = data.recipes[state.recipe];
   drawHead(blame);
   drawPath(blame);

@@ -2,7 +2,7 @@
 
 const rows = data.rows.map((row, index) => ({ ...row, id: index }));
 for (const row of rows) row.several = rows.some(other => other.target === row.target && other.backend !== row.backend);
-const state = { family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0 };
+const state = { axis: "cost", family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0 };
 
 const FIGURES = {
   latency: { label: "Latency", value: r => r.latency_s, interval: r => r.interval_s, measured: r => r.measured && r.measured.latency_s, shown: seconds, caption: "Seconds of one call; shorter is better. The axis is logarithmic." },
@@ -58,7 +58,9 @@ function drawFilters() {
 }
 
 function drawTabs() {
-  const tabs = [...Object.entries(FIGURES).map(([key, figure]) => [key, figure.label]), ["roofline", "Roofline"]];
+  const batches = new Set(rows.map(row => row.batch)).size;
+  const more = [["pareto", "Pareto"], ["operators", "Operators"], ["roofline", "Roofline"], ...(batches > 1 ? [["batch", "By batch"]] : [])];
+  const tabs = [...Object.entries(FIGURES).map(([key, figure]) => [key, figure.label]), ...more];
   byId("tabs").replaceChildren(...tabs.map(([key, label]) => {
     const button = html("button", { type: "button", textContent: label });
     button.setAttribute("role", "tab");
@@ -80,18 +82,82 @@ function drawChart() {
     bars(byId("chart"), shown, figure, tip);
     const silent = shown.filter(row => row.feasible && !figure.value(row)).length;
     byId("caption").textContent = figure.caption + (silent ? ` Unknown for ${silent} more.` : "");
-  } else {
-    const active = roofline(byId("chart"), shown, state.chosen, tip, id => { state.chosen = id; drawChart(); });
-    byId("caption").textContent = active ? `The line is the roof of ${active.target} at its fastest arithmetic; the large dot is the whole model on it, the small ones its costliest kernels. Select another dot for its roof.` : "";
+    return;
   }
+  const choose = id => { state.chosen = id; drawChart(); };
+  const captions = { pareto: drawPareto, operators: drawOperators, roofline: drawRoofline, batch: drawBatch };
+  byId("caption").textContent = captions[state.tab](byId("chart"), shown.filter(row => row.feasible && row.latency_s), choose);
+}
+
+const nameOf = row => `${row.target}/${row.backend}/${row.recipe}` + (row.batch > 1 ? `/batch ${row.batch}` : "");
+
+function drawRoofline(parent, shown, choose) {
+  const active = roofline(parent, shown, state.chosen, tip, choose);
+  return active ? `The line is the roof of ${active.target} at its fastest arithmetic; the large dot is the whole model on it, the small ones its costliest kernels. Select another dot for its roof.` : "";
+}
+
+// Latency against the figure chosen; what nothing beats is drawn strong.
+function drawPareto(parent, shown) {
+  const keys = ["cost", "energy", "memory"].filter(key => shown.some(row => FIGURES[key].value(row)));
+  const axis = keys.includes(state.axis) ? state.axis : keys[0];
+  const figure = FIGURES[axis];
+  if (!figure) return "Only latencies are known here.";
+  const known = shown.filter(figure.value);
+  const points = known.map(row => ({ x: row.latency_s, y: figure.value(row), name: row.family, faint: !row.pareto, large: row.verdict === "best" || data.best === nameOf(row), tip: `${nameOf(row)}\n${seconds(row.latency_s)}, ${figure.shown(figure.value(row))}${row.pareto ? "\nnothing beats it" : ""}` }));
+  plot(parent, [{ name: "cpu", points }], { hint: tip, label: "Pareto front", logX: true, logY: true, tickX: v => short(seconds(v)), tickY: figure.mark, x: "latency of a call", height: 380 });
+  const buttons = keys.map(key => {
+    const button = html("button", { type: "button", textContent: FIGURES[key].label });
+    button.dataset.axis = key;
+    button.setAttribute("aria-pressed", String(key === axis));
+    button.addEventListener("click", () => { state.axis = key; drawChart(); });
+    return button;
+  });
+  const group = html("div", {}, ...buttons);
+  group.setAttribute("role", "group");
+  parent.prepend(group);
+  return `${figure.label} against latency; strong dots are on the front over latency, energy, cost, memory and the drop of accuracy. ${shown.length - known.length ? `Unknown for ${shown.length - known.length} more.` : ""}`;
+}
+
+function picker(shown, choose) {
+  const select = html("select", { ariaLabel: "Candidate" }, ...shown.map(row => html("option", { value: row.id, textContent: nameOf(row), selected: row.id === state.chosen })));
+  select.addEventListener("change", () => choose(Number(select.value)));
+  return select;
+}
+
+function drawOperators(parent, shown, choose) {
+  const listed = shown.filter(row => row.operators && row.operators.length);
+  const active = listed.find(row => row.id === state.chosen) || listed[0];
+  if (!active) { parent.replaceChildren(); return "No prediction here is made of operators."; }
+  state.chosen = active.id;
+  const total = active.operators.reduce((sum, one) => sum + one.seconds, 0);
+  const figure = { label: "Time by operator", more: true, value: r => r.seconds, interval: none, measured: none, shown: v => `${seconds(v)} · ${(100 * v / total).toFixed(0)}%`, mark: v => short(seconds(v)), none: "", tip: r => `${r.target}\n${r.count} kernels, ${seconds(r.seconds)}\n${r.bound} bound` };
+  bars(parent, active.operators.slice(0, 20).map(one => ({ ...one, target: one.op_type, family: active.family, feasible: true, recipe: "none" })), figure, tip);
+  parent.prepend(picker(listed, choose));
+  const rest = active.latency_s - total;
+  return `Where the predicted ${seconds(active.latency_s)} go${rest > 0.005 * active.latency_s ? `; ${seconds(rest)} more are the call itself, transfers and links` : ""}. Fused operators stand together.`;
+}
+
+function drawBatch(parent, shown) {
+  const groups = new Map();
+  for (const row of shown) {
+    const name = `${row.target}/${row.backend}/${row.recipe}`;
+    groups.set(name, [...(groups.get(name) || []), row]);
+  }
+  const fastest = [...groups.values()].filter(g => g.length > 1).sort((a, b) => Math.max(...b.map(r => r.throughput_per_s)) - Math.max(...a.map(r => r.throughput_per_s))).slice(0, 8);
+  const series = fastest.map(group => {
+    const sorted = [...group].sort((a, b) => a.batch - b.batch);
+    return { name: sorted[0].family, line: true, points: sorted.map(row => ({ x: row.batch, y: row.throughput_per_s, tip: `${nameOf(row)}\n${rate(row.throughput_per_s)}\n${seconds(row.latency_s)} a call` })) };
+  });
+  plot(parent, series, { hint: tip, label: "Throughput by batch", logX: true, logY: true, tickX: v => v.toFixed(0), tickY: v => short(rate(v)), x: "samples in one call", height: 360 });
+  return "Samples a second by batch, of the eight with the highest throughput.";
 }
 
 const COLUMNS = [
-  ["Target", r => r.target], ["Backend", r => r.backend], ["Recipe", r => r.recipe],
+  ["Target", r => r.target], ["Backend", r => r.backend], ["Recipe", r => r.recipe], ["Batch", r => r.batch, String], ["Drop", r => r.quality && r.quality.drop, value => value === null ? "–" : value.toFixed(4)],
   ["Latency", r => r.latency_s, seconds, r => r.interval_s], ["Measured", r => r.measured && r.measured.latency_s, seconds, r => r.measured && r.measured.ci_s],
   ["Calls/s", r => r.throughput_per_s, value => scaled(value, "")], ["Memory", r => r.memory_bytes, bytes], ["Energy", r => r.energy_j, joules, r => r.energy_interval_j],
   ["$/million", r => r.usd_per_million, value => value === null ? "–" : digits(value), r => r.usd_per_million_interval], ["Bound", r => r.bound],
-].filter(([name]) => (name !== "Measured" || rows.some(row => row.measured)) && (name !== "Recipe" || rows.some(row => row.recipe !== "none")));
+].filter(([name]) => (name !== "Measured" || rows.some(row => row.measured)) && (name !== "Recipe" || rows.some(row => row.recipe !== "none")) && (name !== "Batch" || rows.some(row => row.batch > 1)) && (name !== "Drop" || rows.some(row => row.quality)));
 
 function compareBy(column) {
   const value = COLUMNS[column][1], sign = state.down ? -1 : 1;
@@ -121,7 +187,7 @@ function drawTable() {
       if (interval && interval(row)) cell.append(html("span", { className: "range", textContent: range(interval(row), show) }));
       return cell;
     });
-    const best = row.verdict === "best" || data.best === `${row.target}/${row.backend}/${row.recipe}`;
+    const best = row.verdict === "best" || data.best === nameOf(row);
     const line = html("tr", { className: "candidate" + (row.feasible ? "" : " refused") + (best ? " best" : ""), tabIndex: 0 }, ...cells);
     const flip = () => { state.open.has(row.id) ? state.open.delete(row.id) : state.open.add(row.id); drawTable(); };
     line.addEventListener("click", flip);
@@ -133,7 +199,9 @@ function drawTable() {
 function detail(row) {
   const list = items => html("ul", {}, ...items.map(item => html("li", { textContent: item })));
   const cell = html("div", {}, html("strong", { textContent: row.title || row.target }));
-  if (row.verdict) cell.append(html("p", { textContent: row.verdict }));
+  if (row.verdict) cell.append(html("p", { textContent: row.verdict + (row.wins_if ? `; would win if ${row.wins_if}` : "") }));
+  if (row.quality) cell.append(html("p", { textContent: row.quality.reason || `${row.quality.metric} ${digits(row.quality.value)} on ${row.quality.samples}, drop ${row.quality.drop.toFixed(4)}` }));
+  if (row.latency_s) cell.append(pricing(row));
   if (row.refusals.length) cell.append(list(row.refusals));
   if (row.measured) cell.append(html("p", { textContent: `Measured: median ${seconds(row.measured.latency_s)} (${range(row.measured.ci_s, seconds)}), ${row.measured.where}` }));
   if (row.calibration) cell.append(html("p", { textContent: `Calibrated on ${row.calibration}.` }));
@@ -147,6 +215,16 @@ function detail(row) {
   }
   if (row.notes.length) cell.append(list(row.notes));
   return html("tr", { className: "open" }, html("td", { className: "detail", colSpan: COLUMNS.length }, cell));
+}
+
+// What a million samples cost at a price that the reader gives.
+function pricing(row) {
+  const shown = html("span", {}), input = html("input", { type: "number", min: 0, step: "any", value: row.usd_per_hour === null ? "" : row.usd_per_hour, ariaLabel: "Dollars an hour" });
+  const show = () => { shown.textContent = input.value === "" ? " – a price would tell what a million cost" : ` an hour${row.chips > 1 ? " of a chip" : ""}: $${digits(Number(input.value) * row.chips * row.latency_s / row.batch / 3600 * 1e6)} a million`; };
+  input.addEventListener("input", show);
+  for (const name of ["click", "keydown"]) input.addEventListener(name, event => event.stopPropagation());
+  show();
+  return html("p", { className: "pricing" }, "At $", input, shown, row.price_source ? html("span", { className: "range", textContent: row.price_source }) : null);
 }
 
 function drawRefused() {

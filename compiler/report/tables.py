@@ -22,7 +22,18 @@ Result = Comparison | Plan
 COLUMNS = (
     *("target", "backend", "recipe", "feasible", "latency_s", "interval_low_s", "interval_high_s"),
     *("measured_s", "measured_low_s", "measured_high_s", "throughput_per_s", "memory_bytes"),
-    *("energy_j", "usd_per_million", "bound", "verdict", "refusals", "calibration", "notes"),
+    *(
+        "energy_j",
+        "usd_per_million",
+        "usd_per_hour",
+        "batch",
+        "pareto",
+        "bound",
+        "verdict",
+        "refusals",
+        "calibration",
+        "notes",
+    ),
 )
 """The columns of the CSV."""
 
@@ -91,6 +102,11 @@ def _measured(row: dict[str, Any]) -> str:
     return units.seconds((row["measured"] or {}).get("latency_s"))
 
 
+def _drop(row: dict[str, Any]) -> str:
+    drop = (row["quality"] or {}).get("drop")
+    return units.UNKNOWN if drop is None else f"{drop:.4g}"
+
+
 def _price(row: dict[str, Any]) -> str:
     price = row["usd_per_million"]
     return units.UNKNOWN if price is None else units.digits(price)
@@ -99,10 +115,12 @@ def _price(row: dict[str, Any]) -> str:
 TERMINAL = (
     Column("target", lambda row: str(row["target"]), "left"),
     Column("backend", lambda row: str(row["backend"]), "left"),
+    Column("batch", lambda row: str(row["batch"]), only_if=lambda row: row["batch"] != 1),
     Column("recipe", lambda row: str(row["recipe"]), "left", 0, lambda r: r["recipe"] != "none"),
     Column("latency", lambda row: units.seconds(row["latency_s"])),
     Column("80% interval", _latency_interval, least_width=100),
     Column("measured", _measured, only_if=lambda row: row["measured"] is not None),
+    Column("drop", _drop, only_if=lambda row: row["quality"] is not None),
     Column("calls/s", lambda row: units.scaled(row["throughput_per_s"], ""), least_width=120),
     Column("memory", lambda row: units.bytes_(row["memory_bytes"])),
     Column("energy", lambda row: units.scaled(row["energy_j"], "J"), least_width=90),
@@ -142,4 +160,6 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
         for row in rows:
             if row["feasible"]:
                 where = f"{row['target']}/{row['backend']}/{row['recipe']}"
-                out.print(Text(f"{where}: {row['verdict']}"))
+                where += f"/batch {row['batch']}" if row["batch"] != 1 else ""
+                change = f"; would win if {row['wins_if']}" if row["wins_if"] else ""
+                out.print(Text(f"{where}: {row['verdict']}{change}"))

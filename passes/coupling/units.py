@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import dims, is_constant
+from trivium.compiler.passing import dims, is_constant, is_op
 from trivium.passes.coupling import layout as layout  # fills the table of rules
 from trivium.passes.coupling.elements import Elements
 from trivium.passes.coupling.rules import RULES, pin_all
@@ -17,13 +17,16 @@ from trivium.passes.coupling.rules import RULES, pin_all
 Array = np.ndarray[Any, np.dtype[Any]]
 Axis = tuple[ir.Value, int]
 
+KINDS = ("channels", "heads", "neurons", "streams")
+
 
 @dataclass(frozen=True)
 class Group:
     """Units that are alike: each has a part of the same axes.
 
     Attributes:
-        kind: ``channels`` (a convolution makes or reads them), ``heads`` or ``neurons``.
+        kind: ``heads``; ``streams``, to which a residual layer is added; ``channels``, which a
+            convolution makes or reads; ``neurons``.
         labels: Of the units, in order of place.
         axes: All axes that they are on, and for each the label of every place.
         weights: Those of the axes that belong to stored weights.
@@ -113,6 +116,12 @@ def _groups(
         elif makers & set(axes):
             alike[tuple(axes)].append(unit)
     heads = set(e.heads)
+    sums = {
+        node
+        for value, _ in e.axes()
+        for node, _ in value.uses()
+        if is_op(node, "Add", "Sum") and not any(is_constant(v) for v in node.inputs)
+    }
     made = []
     for axes_of, units in alike.items():
         weights = tuple(axis for axis in axes_of if is_constant(axis[0]))
@@ -121,7 +130,16 @@ def _groups(
             for value, _ in weights
             for node, _ in value.uses()
         )
-        kind = "heads" if heads & set(axes_of) else "channels" if convolved else "neurons"
+        added = {node for value, _ in axes_of for node, _ in value.uses() if node in sums}
+        kind = (
+            "heads"
+            if heads & set(axes_of)
+            else "streams"
+            if added
+            else "channels"
+            if convolved
+            else "neurons"
+        )
         made.append(Group(kind, np.array(sorted(units)), axes_of, weights))
     free = {value for group in made for value, _ in group.weights}
     return tuple(made), {value: why for value, why in pinned.items() if value not in free}

@@ -204,7 +204,7 @@ class Inserter:
     def _dequantized(
         self,
         value: ir.Value,
-        codes: Array,
+        codes: Array | ir.TensorProtocol,
         scale: Array,
         zero: Array,
         grid: Grid,
@@ -222,7 +222,7 @@ class Inserter:
         )
         result = restore.outputs[0]
         result.name = self._name(f"{name}_dequantized")
-        result.shape, result.type = ir.Shape(codes.shape), ir.TensorType(ir.DataType.FLOAT)
+        result.shape, result.type = stored.shape, ir.TensorType(ir.DataType.FLOAT)
         graph_of(before).insert_before(before, [restore])
         return result
 

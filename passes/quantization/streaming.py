@@ -211,4 +211,4 @@ class _Part(ir.LazyTensor):
             file.write(self._read().tobytes())
             return
         for piece in self._weight.codes():
-            file.write(memoryview(piece).cast("B"))
+            file.write(piece.data.cast("B"))

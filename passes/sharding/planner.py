@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from trivium.compiler import links, plugins
+from trivium.compiler import links, plugins, shapes
 from trivium.compiler.errors import BadInput
+from trivium.compiler.model import signature
 from trivium.compiler.passing import decline, declining
 from trivium.compiler.types import Estimate, Target, Workload
 from trivium.passes.sharding.mesh import Mesh, of_size
@@ -75,6 +76,7 @@ def choose(
     if not getattr(backend, "spreads", False):
         _note("auto", f"the backend {name} does not spread a model over devices")
         return None
+    model = _with_sizes(model)
     alone = backend.estimate(model, target, Workload())
     if alone.seconds is None:
         _note("auto", f"not picked: {'; '.join(alone.notes)}")
@@ -94,6 +96,21 @@ def choose(
         else:
             tried.append(Priced(mesh, estimate))
     return _best(tried, target)
+
+
+def _with_sizes(model: ir.Model) -> ir.Model:
+    """The model, or one with every dimension that takes several sizes at its smallest: 1.
+
+    Of a generator that is the step that decodes a token, which is what it spends its time on.
+    """
+    sizes = {dim for info in signature(model)[0] for dim in info.shape}
+    open_ = sorted(dim for dim in sizes if isinstance(dim, str))
+    if not open_:
+        return model
+    bound = model.clone()
+    shapes.bind(bound, Workload(dims=dict.fromkeys(open_, 1)))
+    _note("auto", f"priced with 1 for {', '.join(open_)}")
+    return bound
 
 
 def _stages(one: Priced) -> int:

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from trivium.compiler.build import compile
     from trivium.compiler.compare import compare
     from trivium.compiler.errors import TriviumError
+    from trivium.compiler.generation.text import TextGenerator, generate
     from trivium.compiler.plan import plan
     from trivium.compiler.prepare import optimize
     from trivium.compiler.verify import verify
 
 _PUBLIC = {
     "Artifact": "trivium.compiler.artifact",
+    "TextGenerator": "trivium.compiler.generation.text",
     "TriviumError": "trivium.compiler.errors",
     "compare": "trivium.compiler.compare",
     "compile": "trivium.compiler.build",
     "differentiable": "trivium.backends.xla.gradients",
+    "generate": "trivium.compiler.generation.text",
     "optimize": "trivium.compiler.prepare",
     "plan": "trivium.compiler.plan",
     "tune": "trivium.backends.xla.training.tuning",
@@ -43,11 +46,13 @@ _PUBLIC = {
 
 __all__ = [
     "Artifact",
+    "TextGenerator",
     "TriviumError",
     "__version__",
     "compare",
     "compile",
     "differentiable",
+    "generate",
     "load",
     "optimize",
     "plan",

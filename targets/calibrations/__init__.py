@@ -1,34 +1,33 @@
 """Where calibrations are found: the user's, then those that ship, the device's before its family's.
 
-``calibrations/DEVICE.toml`` and ``calibrations/FAMILY.toml`` beside this module were written by
-``benchmarks/fit_profiles.py``; what ``trivium calibrate`` writes goes to `folder` and comes first.
+``DEVICE.toml`` and ``FAMILY.toml`` beside this module were written by
+``benchmarks/fit_calibrations.py``; what ``trivium calibrate`` writes goes to the
+user's folder and comes first.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler.calibration import Calibration, Scope, from_toml
+from trivium.compiler.calibration import Calibration, Scope, folder, from_toml
 from trivium.compiler.errors import BadInput
+from trivium.compiler.machines.cpu import START as CPU_START
+from trivium.compiler.machines.cpu import CpuMachine
+from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
 from trivium.compiler.types import Target
+from trivium.targets.host import with_bandwidth
+
+OTHER_CPU_SPREAD = 0.4
+"""What is added for a CPU on which nobody calibrated: caches, memory and libraries differ."""
 
 _SHIPPED = files("trivium.targets") / "calibrations"
-
-
-def folder() -> Path:
-    """The user's calibrations: ``$TRIVIUM_CALIBRATIONS``, or ``trivium/calibrations`` under
-    ``$XDG_CONFIG_HOME`` (by default ``~/.config``)."""
-    given = os.environ.get("TRIVIUM_CALIBRATIONS")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "trivium" / "calibrations"
 
 
 def find(target: Target, table: str) -> Calibration:
@@ -42,7 +41,8 @@ def find(target: Target, table: str) -> Calibration:
     name = target.name.partition(":")[0]
     places: tuple[tuple[Mapping[str, Any], str, Scope], ...] = (
         (_users(name), str(folder() / f"{name}.toml"), "device"),
-        (_shipped(name), f"calibration {name}", "device"),
+        # What ships for "cpu" was measured on some CPU, not on this one.
+        (_shipped(name) if name != target.family else {}, f"calibration {name}", "device"),
         (_shipped(target.family), f"calibration {target.family}", "family"),
     )
     found = [
@@ -90,3 +90,33 @@ def _read(path: Path, changed: int) -> Mapping[str, Any]:
 def _shipped(name: str) -> Mapping[str, Any]:
     file = _SHIPPED / f"{name}.toml"
     return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def of_family(family: str, table: str) -> Calibration:
+    """The calibration that ships for all devices of a family."""
+    return from_toml(_shipped(family)[table], f"calibration {family}, {table}", "family")
+
+
+def gpu_machine(target: Target, gap_s: float = 0.0, **paces: float) -> GpuMachine:
+    """The kernel formulas with the coefficients of a GPU."""
+    return GpuMachine({name: find(target, name) for name in TABLES}, gap_s, **paces)
+
+
+def cpu_machine(target: Target, engine: str) -> CpuMachine:
+    """The formula for a CPU with the coefficients of an engine."""
+    calibration = find(target, f"engine_{engine}")
+    if calibration.scope == "family":
+        calibration = replace(calibration, spread=math.hypot(calibration.spread, OTHER_CPU_SPREAD))
+    whole = {**CPU_START, **calibration.coefficients}
+    calibration = replace(calibration, coefficients=whole)
+    return CpuMachine(calibration, with_bandwidth(target).memory_bytes_per_s)
+
+
+def combined(engine: Calibration, kernels: Mapping[str, Calibration]) -> tuple[float, str]:
+    """The spread and the basis of a whole call: the engine's, and on a device without data of its
+    own that of its family's kernels besides."""
+    product = kernels["product"]
+    if product.scope == "device":
+        return engine.spread, f"{engine.basis}; kernels: {product.basis}"
+    spread = math.hypot(engine.spread, product.spread)
+    return spread, f"{engine.basis}; kernels of {product.basis}"

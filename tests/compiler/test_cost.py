@@ -18,9 +18,13 @@ from trivium.backends.tensorrt import cost as tensorrt_cost
 from trivium.backends.tvm import cost as tvm_cost
 from trivium.backends.xla import cost as xla_cost
 from trivium.compiler import prepare, targets
-from trivium.compiler.cost import Z80, Profile, does_not_fit, roofline, time_kernel
+from trivium.compiler.calibration import Z80
+from trivium.compiler.cost import Profile, does_not_fit, roofline
 from trivium.compiler.kernels import Kernel, kernels_of, peak_activation_bytes
+from trivium.compiler.machines import tpu
+from trivium.compiler.machines.base import Context
 from trivium.compiler.types import Estimate, Target, Workload
+from trivium.compiler.work import Product
 
 PERFECT = Profile(1.0, 1.0, 0.0, "by hand")
 
@@ -261,13 +265,26 @@ def test_each_backend_predicts_a_real_model(
 
 def test_float32_on_a_tpu_takes_six_passes_of_bfloat16() -> None:
     target = targets.find("tpu-v6e")
-    kernel = Kernel("k", ("MatMul",), {"float32": 1e12})
-    half = Kernel("k", ("MatMul",), {"bfloat16": 1e12})
-    full, _ = time_kernel(kernel, target, xla_cost.PROFILES["tpu"])
-    once, _ = time_kernel(half, target, xla_cost.PROFILES["tpu"])
+    profile = xla_cost.profile_for(target)
+    assert profile.machine is not None
+    context = Context(dtypes=profile.arithmetic, slowdown=profile.slowdown)
+    product = Product(8192, 8192, 8192)
+    kernels = [
+        Kernel("k", ("MatMul",), {dtype: product.operations}, products=(product,))
+        for dtype in ("float32", "bfloat16")
+    ]
+    (full, once), _ = profile.machine.time(kernels, target, context)
     assert full is not None
     assert once is not None
     assert full.compute == pytest.approx(6 * once.compute)
+
+
+def test_a_tpu_computes_whole_tiles() -> None:
+    """8 x 100 x 100 takes as long as 8 x 128 x 128 on a v5e, or 8 x 256 x 256 on a v6e."""
+    small, v5e, v6e = Product(8, 100, 100), Product(8, 128, 128), Product(8, 256, 256)
+    assert tpu.padded(small, 128.0) == v5e.operations
+    assert tpu.padded(small, 256.0) == v6e.operations
+    assert tpu.padded(Product(1, 128, 128), 128.0) == v5e.operations
 
 
 def test_int8_is_faster_where_the_engine_multiplies_integers(

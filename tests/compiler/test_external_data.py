@@ -32,3 +32,10 @@ def test_small_external_tensor_is_checked_where_it_lies(
     tensor = model.graph.initializers["bias"].const_value
     assert tensor is not None
     assert tensor.numpy().tolist() == [0, 1, 2, 3]
+    # Written elsewhere, it does not point to where it was.
+    (tmp_path / "other").mkdir()
+    models.save(model, tmp_path / "other" / "m.onnx", external=True)
+    (folder / "m.onnx").unlink()
+    again = models.load(tmp_path / "other" / "m.onnx").graph.initializers["bias"].const_value
+    assert again is not None
+    assert again.numpy().tolist() == [0, 1, 2, 3]

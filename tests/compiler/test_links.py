@@ -23,7 +23,6 @@ from trivium.compiler.targets import find
         ("tpu-v5p:2x4x4", 32, Route(3.0, 7)),
         # Both devices of a chip share its links.
         ("tpu-7x:2x2x1", 8, Route(2.0, 2)),
-        ("nvidia-h100-sxm:8", 4, Route(1.0, 3)),
     ],
 )
 def test_a_collective_takes_the_best_connected_box(

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 import trivium
 from trivium.compiler import plan as planning
 from trivium.compiler import plugins, targets
-from trivium.compiler.compare import Comparison, compare, row
+from trivium.compiler.compare import Comparison, compare
 from trivium.compiler.errors import BadInput, ConstraintUnmet
 from trivium.compiler.passing import Pass
 from trivium.compiler.plan import Constraints, choose, parse_bytes, parse_seconds, require_best
 from trivium.compiler.recipe import Recipe, Step
+from trivium.compiler.rows import row
 from trivium.compiler.timing import median_ranks, summarize, time_calls
 from trivium.compiler.types import Candidate, Estimate, Preserves, Target, Workload
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 
 from trivium.compiler import shapes
 from trivium.compiler.errors import BadInput
-from trivium.compiler.types import TensorInfo
+from trivium.compiler.types import TensorInfo, Workload
 
 INPUTS = (
     TensorInfo("ids", "int64", ("batch", "seq")),
@@ -45,3 +46,11 @@ def test_without_several_sizes_there_is_one_case() -> None:
 def test_what_is_wrong_is_said(items: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         shapes.parse(items, INPUTS)
+
+
+def test_an_output_that_is_stored_keeps_its_size() -> None:
+    stored = ir.tensor([[1.0, 2.0], [3.0, 4.0]])
+    output = ir.Value(name="y", shape=ir.Shape(["batch", 2]), const_value=stored)
+    graph = ir.Graph([], [output], nodes=[], initializers=[output], opset_imports={"": 24})
+    shapes.bind(ir.Model(graph, ir_version=10), Workload(dims={"batch": 1}))
+    assert output.shape == (2, 2)

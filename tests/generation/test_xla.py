@@ -84,9 +84,9 @@ def test_rows_that_differ_in_length_are_driven_together(llama: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_other_numbers_of_rows_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_more_rows_than_compiled_for_are_refused(llama: Path, tmp_path: Path) -> None:
     decoder = decoder_of(compiled(llama, tmp_path / "out", context=16, prefill=(4,)))
-    with pytest.raises(BadInput, match="2 rows, and the programs take 1; compile it again with"):
+    with pytest.raises(BadInput, match="2 sequences at once, and the programs take 1; compile"):
         decoder.start(rows=2)
 
 

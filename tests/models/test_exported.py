@@ -15,13 +15,22 @@ from trivium.passes.insert_kv_cache import InsertKVCache
 
 from .test_decoders import GPT2, SMALL, make
 
-KINDS = {"Llama": SMALL, "GPT2": GPT2}
+KINDS = {"Llama": SMALL, "GPT2": GPT2, "Qwen2": SMALL, "Mistral": SMALL}
+
+VARIANTS = [
+    *((kind, "dynamo", 23, True) for kind in ("Llama", "GPT2")),
+    *((kind, "dynamo", 20, True) for kind in ("Llama", "GPT2", "Mistral")),
+    ("Llama", "dynamo", 20, False),
+    *((kind, "torchscript", 17, True) for kind in ("Llama", "GPT2", "Qwen2")),
+    ("GPT2", "torchscript", 14, False),
+]
+"""Architecture, exporter, opset, and whether its attention was torch's own or written out."""
 
 
-def export(kind: str, path: Path) -> None:
+def export(kind: str, exporter: str, opset: int, sdpa: bool, path: Path) -> None:
     """Export a random model of transformers with symbolic batch and sequence, without cache."""
     torch = pytest.importorskip("torch")
-    theirs = make(kind, KINDS[kind] | {"use_cache": False}, path.parent / "checkpoint", sdpa=True)
+    theirs = make(kind, KINDS[kind] | {"use_cache": False}, path.parent / "checkpoint", sdpa=sdpa)
 
     class Logits(torch.nn.Module):  # type: ignore[misc,name-defined]  # torch is Any where absent
         def __init__(self) -> None:
@@ -32,27 +41,36 @@ def export(kind: str, path: Path) -> None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     ids = torch.zeros((2, 7), dtype=torch.int64)
+    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["logits"]}
+    given: Any = (ids, torch.ones_like(ids))
+    if exporter == "torchscript":
+        axes = {name: {0: "batch", 1: "seq"} for group in names.values() for name in group}
+        torch.onnx.export(
+            Logits(), given, path, dynamo=False, dynamic_axes=axes, opset_version=opset, **names
+        )
+        return
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq", max=64)}
     program = torch.onnx.export(
         Logits(),
-        (ids, torch.ones_like(ids)),
+        given,
         dynamo=True,
         dynamic_shapes=(dims, dims),
-        opset_version=23,
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
+        opset_version=opset,
         verbose=False,
+        **names,
     )
     program.save(path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_cache_in_an_exported_decoder(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "exporter", "opset", "sdpa"), VARIANTS)
+def test_cache_in_an_exported_decoder(
+    kind: str, exporter: str, opset: int, sdpa: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "exported.onnx"
-    export(kind, path)
+    export(kind, exporter, opset, sdpa, path)
     # ONNX Runtime does not broadcast the one row of cosines that torch's exporter leaves.
-    batch, length, capacity = (1 if kind == "Llama" else 2), 9, 12
+    batch, length, capacity = (1 if kind == "Llama" and opset == 23 else 2), 9, 12
     ids = np.random.default_rng(0).integers(0, 61, (batch, length))
     mask = np.ones_like(ids)
     mask[-1, :2] = 0

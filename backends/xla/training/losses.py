@@ -191,7 +191,8 @@ def objective(
     outputs = tuple(
         value.name or ""
         for value in model.graph.outputs
-        if value.dtype is None or value.dtype.is_floating_point()
+        if (value.dtype is None or value.dtype.is_floating_point())
+        and not (value.name or "").startswith((HIDDEN, ATTENTION))
     )
     if not outputs:
         raise BadInput("the model has no float output to train", about=model.graph.name or "model")

@@ -98,6 +98,17 @@ def test_packed_filters_are_convolved_as_they_lie() -> None:
     assert packed.count("transpose(") < plain.count("transpose(")
 
 
+def test_transposed_weights_of_a_product_are_packed() -> None:
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal((2, 5)).astype(np.float32)
+    w = generator.standard_normal((7, 5)).astype(np.float32)
+    model = one_node("Gemm", x, w, transB=1)
+    suited = lower(model, pack=True)
+    assert suited.packed == {"w0": (1, 0)}
+    assert not lower(one_node("Gemm", x, w.T.copy()), pack=True).packed
+    np.testing.assert_allclose(run(suited, x), x @ w.T, rtol=1e-5)
+
+
 def test_what_is_not_only_a_filter_is_not_packed() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
@@ -124,7 +135,7 @@ def test_int8_filters_are_packed_through_their_dequantization() -> None:
         helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wd"], axis=0),
         helper.make_node("Conv", ["d", "wd"], ["y"], group=4, pads=[1, 1, 1, 1]),
     ]
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "sx": np.asarray(0.1, np.float32),
         "zx": np.asarray(3, np.int8),
         "w": w,

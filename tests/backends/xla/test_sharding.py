@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.recipe import Recipe, Step
 from trivium.compiler.targets import find
 from trivium.compiler.types import Target
+from trivium.compiler.work import resident_bytes
 from trivium.passes.insert_kv_cache import InsertKVCache
 from trivium.passes.shard import Shard
 from trivium.passes.sharding import mesh as meshes
@@ -152,6 +154,58 @@ def test_a_split_model_computes_the_same(
         np.testing.assert_allclose(have[name], expected, rtol=1e-4, atol=3e-5)
 
 
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("slice_", "mesh"), [("2x4", "pp=4,tp=2"), ("4x4", "pp=2,dp=2,tp=4")])
+def test_a_chain_of_stages_computes_the_same(slice_: str, mesh: str, tmp_path: Path) -> None:
+    made = random_model({**LLAMA, "num_hidden_layers": 4}, tmp_path)
+    ir.save(made, tmp_path / "model.onnx")
+    target = find(f"tpu-v5e:{slice_}")
+    artifact = compiled(tmp_path / "model.onnx", target, mesh, tmp_path, "batch=4", "seq=16")
+    verification = artifact.manifest["verification"]
+    assert verification["status"] == "passed"
+    assert "on 8 devices simulated on this CPU in place" in verification["compared"]["where"]
+    stages = program(artifact)["stages"]
+    parsed = meshes.parse(mesh)
+    assert [one["name"] for one in stages] == [f"main.stage{i}" for i in range(parsed.stages)]
+    assert stages[0]["receives"] == []
+    assert stages[-1]["sends"] == []
+    for before, after in pairwise(stages):
+        assert set(after["receives"]) <= {name for one in stages for name in one["sends"]}
+        # Not only the activations, but one stage is all that a chip holds.
+        assert after["weights_bytes"] < program(artifact)["weights_bytes"] / parsed.stages
+        assert before["memory"]["arguments"] > 0
+    # Of the sums of Megatron's scheme, each stage has those of its layers.
+    assert program(artifact)["collectives"]["all-reduce"]["count"] == 2 * 4 + 1
+    assert f"in {parsed.stages} stages, one after the other" in artifact.manifest["notes"][0]
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_a_generator_in_stages_keeps_each_cache_where_it_is(tmp_path: Path) -> None:
+    made = random_model(LLAMA, tmp_path)
+    ir.save(made, tmp_path / "model.onnx")
+    artifact = trivium.compile(
+        tmp_path / "model.onnx",
+        "tpu-v5e:2x2",
+        out=tmp_path / "out",
+        backend="xla",
+        recipe=Recipe("staged", (Step("shard", {"mesh": "pp=2,tp=2"}),)),
+        generator=True,
+        context=24,
+        prefill=(8,),
+        use_cache=False,
+    )
+    assert artifact.manifest["verification"]["status"] == "passed"
+    assert "4 devices simulated" in artifact.manifest["verification"]["compared"]["where"]
+    for one in artifact.manifest["details"]["xla"]["programs"].values():
+        for index, stage in enumerate(one["stages"]):
+            assert {n for n in stage["inputs"] if "past" in n} == {
+                f"past_key.{index}", f"past_value.{index}",
+            }  # fmt: skip
+            assert stage["memory"]["aliased"] < 0
+
+
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["dp=2,tp=4", "tp=8"])
@@ -182,6 +236,36 @@ def test_a_cache_stays_where_it_is_from_step_to_step(mesh: str, tmp_path: Path) 
     have = on_devices(artifact, feeds, 8, tmp_path)
     for name, expected in want.items():
         np.testing.assert_allclose(have[name], expected, rtol=1e-4, atol=3e-5)
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_a_generator_is_spread_and_driven_on_simulated_devices(tmp_path: Path) -> None:
+    """Nobody names a mesh: its weights do not fit one of these chips, so the planner picks one."""
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
+    made = random_model({**LLAMA, **sizes}, tmp_path)
+    ir.save(made, tmp_path / "model.onnx")
+    small = replace(find("tpu-v5e:2x2"), memory_bytes=0.8 * resident_bytes(made))
+    artifact = trivium.compile(
+        tmp_path / "model.onnx",
+        small,
+        out=tmp_path / "out",
+        backend="xla",
+        generator=True,
+        context=24,
+        prefill=(8,),
+        use_cache=False,
+    )
+    verification = artifact.manifest["verification"]
+    assert verification["status"] == "passed"
+    assert "on 4 devices simulated on this CPU" in verification["compared"]["where"]
+    assert artifact.manifest["notes"] == ["spread over 4 devices as the model says: dp=1,tp=4"]
+    for one in artifact.manifest["details"]["xla"]["programs"].values():
+        assert one["partition"]["inputs"]["past_key.0"] == [[], ["x1"]]
+        assert one["collectives"]["all-reduce"]["count"] == 5
+        # Two caches for each layer of [1, 4, 24, 32] floats, a quarter on each chip, written in
+        # place.
+        assert one["memory"]["aliased"] <= -2 * 2 * 24 * 32 * 4
 
 
 @needs_tpu

@@ -1,0 +1,252 @@
+"""What a language model costs to serve: first token, tokens a second, memory, the batch that fits.
+
+A decoder is given caches as a compile would give them; its calls (a prompt, one token against a
+cache of any length, a few tokens to check a draft) are priced by the backend's own cost model on
+the graph that it would run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trivium.compiler import model as models
+from trivium.compiler import prepare, shapes
+from trivium.compiler import recipe as recipes
+from trivium.compiler import targets as target_names
+from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.generation.recognize import recognize
+from trivium.compiler.recipe import Recipe, Step
+from trivium.compiler.types import Estimate, Target, Workload
+from trivium.compiler.work import resident_bytes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from trivium.compiler.backend import Backend
+    from trivium.compiler.generator import Generator
+
+PARTS = (0.125, 0.375, 0.625, 0.875)
+"""Where a generation is sampled: its steps get longer with the cache."""
+
+USABLE = 0.9
+"""Share of a chip's memory that weights and caches may fill; allocators and engines take some."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Drafts by a smaller model, checked by the larger one in a single call.
+
+    Attributes:
+        draft: The smaller model on the same target.
+        tokens: Drafted for each check.
+        acceptance: Chance that a drafted token is accepted, the ones before it given.
+    """
+
+    draft: Costs
+    tokens: int
+    acceptance: float
+
+    @property
+    def accepted(self) -> float:
+        """Tokens for each check, the one that the check itself gives included."""
+        a = self.acceptance
+        if a >= 1.0:
+            return self.tokens + 1.0
+        return float((1.0 - a ** (self.tokens + 1)) / (1.0 - a))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A prediction; ``None`` where a figure that it needs is unknown, with the reason in ``notes``.
+
+    Attributes:
+        first_token_s: From the prompts' arrival to the first token of all of them.
+        step_s: Each token after that, the mean over the generation.
+        total_s: Until the last token.
+        tokens_per_s: New tokens of the whole batch, by ``total_s``.
+        intervals: 80%, by field name.
+        cache_bytes: Of the batch at its longest.
+        bytes_peak: Weights, caches and the activations of the larger call.
+        largest_batch: Sequences of this length that fit into a chip.
+        rounds: How often the batch has to run for all that are in flight (``concurrency``).
+    """
+
+    first_token_s: float | None
+    step_s: float | None
+    total_s: float | None
+    tokens_per_s: float | None
+    cache_bytes: float
+    weights_bytes: float
+    bytes_peak: float | None
+    largest_batch: int | None
+    rounds: int = 1
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Costs:
+    """A decoder on a target: the estimate of each of its calls, kept once made.
+
+    Args:
+        path: A checkpoint folder, or an ``.onnx`` decoder.
+        recipe: Run before the backend's own passes.
+
+    Raises:
+        Unsupported: No cache can be given to the model.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        target: str | Target,
+        backend: str | None = None,
+        recipe: str | Recipe = "none",
+    ) -> None:
+        self.target = target_names.find(target) if isinstance(target, str) else target
+        self.backend: Backend = prepare.choose_backend(self.target, backend)
+        self._model, _ = prepare.optimize(
+            Path(path), recipe, target=self.target, backend=self.backend.name
+        )
+        self._model, self.generator = _with_caches(self._model, Path(path).name)
+        self._memo: dict[tuple[int, int, int], Estimate] = {}
+
+    @cached_property
+    def weights_bytes(self) -> float:
+        return resident_bytes(self._model)
+
+    def cache_bytes(self, batch: int, tokens: int) -> float:
+        """Of a batch whose sequences are so long."""
+        each = sum(cache.bytes_per_token for cache in self.generator.caches)
+        return float(each) * batch * tokens
+
+    def call(self, batch: int, new: int, context: int) -> Estimate:
+        """Price ``new`` tokens of each sequence, against caches of ``context`` (those included)."""
+        key = (batch, new, context)
+        if key not in self._memo:
+            model = self._model.clone()
+            workload = Workload(dims=self._dims(batch, new, context))
+            shapes.bind(model, workload)
+            prepared = prepare.legalize(model, self.backend, self.target, workload)
+            if prepared.refusals:
+                raise prepare.refused(prepared, self.target)
+            self._memo[key] = prepare.predict(prepared, self.target)
+        return self._memo[key]
+
+    def _dims(self, batch: int, new: int, context: int) -> dict[str, int]:
+        generator = self.generator
+        infos = {info.name: info for info in models.signature(self._model)[0]}
+        rows, tokens = infos[generator.tokens].shape
+        sizes: dict[int | str, int] = {rows: batch, tokens: new}
+        for cache in generator.caches:
+            sizes[cache.shape[cache.length_axis]] = context
+        for name in filter(None, (generator.chosen, generator.start)):
+            sizes.setdefault(infos[name].shape[0], 1)
+        if generator.mask is not None:
+            sizes.setdefault(infos[generator.mask].shape[-1], context)
+        return {dim: size for dim, size in sizes.items() if isinstance(dim, str)}
+
+
+def _with_caches(model: ir.Model, name: str) -> tuple[ir.Model, Generator]:
+    found = recognize(model)
+    if found is None:
+        options = {"form": "static", "outputs": "chosen"}
+        step = Recipe("generator", (Step("insert-kv-cache", options),))
+        (applied,) = recipes.run(step, model, recipes.Context())
+        found = recognize(model) if applied.modified else None
+        if found is None:
+            raise Unsupported(
+                f"no cache can be given to it: {'; '.join(applied.declined) or 'no attention'}",
+                about=name,
+                remedy="compare it as a model of whole sequences",
+            )
+    return model, found
+
+
+def predict(costs: Costs, workload: Workload, speculation: Speculation | None = None) -> Serving:
+    """Predict a batch of generations: ``workload`` has prompt and new tokens, batch, concurrency.
+
+    Raises:
+        BadInput: The workload lacks the prompt or the new tokens.
+    """
+    prompt, new, batch = workload.prompt_tokens, workload.new_tokens, workload.batch
+    if not prompt or not new or batch < 1:
+        raise BadInput(
+            "a generation needs the tokens of its prompt, those to generate, and a batch",
+            about="workload",
+        )
+    context = prompt + new
+    first = costs.call(batch, prompt, prompt)
+    steps = [_step(costs, batch, prompt + int(new * part), speculation) for part in PARTS]
+    cache = costs.cache_bytes(batch, context)
+    largest = _largest_batch(costs, prompt, context)
+    rounds = math.ceil(workload.concurrency / batch)
+    notes = (*first.notes, *(note for step in steps for note in step.notes))
+    made = Serving(
+        first.seconds,
+        None,
+        None,
+        None,
+        cache,
+        costs.weights_bytes,
+        first.bytes_peak,
+        largest,
+        rounds,
+        {},
+        first.calibration,
+        tuple(dict.fromkeys(notes)),
+    )
+    peaks = [one.bytes_peak for one in (first, *steps) if one.bytes_peak is not None]
+    made = replace(made, bytes_peak=max(peaks, default=None))
+    seconds = [one.seconds for one in steps]
+    if first.seconds is None or any(one is None for one in seconds):
+        return made
+    step = sum(one for one in seconds if one is not None) / len(seconds)
+    total = (first.seconds + step * (new - 1)) * rounds
+    wide = (first.hi or first.seconds) / first.seconds
+    figures = {
+        "first_token_s": first.seconds,
+        "step_s": step,
+        "total_s": total,
+        "tokens_per_s": batch * new * rounds / total,
+    }
+    bounds = {name: (value / wide, value * wide) for name, value in figures.items()}
+    if largest is not None and batch > largest:
+        note = f"a batch of {batch} does not fit: {largest} sequences of {context} tokens do"
+        made = replace(made, notes=(*made.notes, note))
+    return replace(
+        made,
+        step_s=figures["step_s"],
+        total_s=figures["total_s"],
+        tokens_per_s=figures["tokens_per_s"],
+        intervals=bounds,
+    )
+
+
+def _step(costs: Costs, batch: int, context: int, speculation: Speculation | None) -> Estimate:
+    """One token of each sequence, or what a round of drafting and checking takes for each."""
+    if speculation is None:
+        return costs.call(batch, 1, context)
+    check = costs.call(batch, speculation.tokens + 1, context + speculation.tokens)
+    draft = speculation.draft.call(batch, 1, context)
+    if check.seconds is None or draft.seconds is None:
+        return replace(check, seconds=None)
+    rounds = check.seconds + speculation.tokens * draft.seconds
+    return replace(check, seconds=rounds / speculation.accepted)
+
+
+def _largest_batch(costs: Costs, prompt: int, context: int) -> int | None:
+    """How many sequences fit beside the weights, with what a prefill of them holds live."""
+    memory = costs.target.memory_bytes
+    peak = costs.call(1, prompt, prompt).bytes_peak
+    if memory is None or peak is None:
+        return None
+    live = max(peak - costs.weights_bytes - costs.cache_bytes(1, prompt), 0.0)
+    room = memory * USABLE - costs.weights_bytes
+    return max(int(room // (costs.cache_bytes(1, context) + live)), 0)

@@ -1,0 +1,133 @@
+"""A candidate as a row: what JSON, CSV, the terminal and the HTML page show of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trivium.compiler.types import Candidate, Estimate, Target, Workload
+
+SHOWN_REFUSALS = 20
+"""A model of a foreign domain may be refused in thousands of nodes; a row keeps the first few."""
+
+
+def seconds_of(candidate: Candidate) -> float | None:
+    """The predicted latency of a feasible candidate."""
+    if not candidate.feasible or candidate.estimate is None:
+        return None
+    return candidate.estimate.seconds
+
+
+def name_of(candidate: Candidate) -> str:
+    """``target/backend/recipe``, and the batch if it is not one."""
+    batch = f"/batch {candidate.batch}" if candidate.batch != 1 else ""
+    return f"{candidate.target.name}/{candidate.backend}/{candidate.recipe}{batch}"
+
+
+def workload_json(workload: Workload) -> dict[str, Any]:
+    """The bound dimensions and shapes."""
+    return {
+        "dims": dict(workload.dims),
+        "shapes": {name: list(shape) for name, shape in workload.shapes.items()},
+    }
+
+
+def row(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as JSON; unknown is ``null`` with the reason in ``notes``.
+
+    Throughput counts calls, one in flight (or the period of a pipeline); energy is that of one
+    call; dollars are for a million calls. Where batches are compared, throughput and dollars count
+    samples.
+    """
+    target, estimate = candidate.target, candidate.estimate or Estimate(None)
+    seconds = estimate.seconds
+    period = estimate.period_s if estimate.period_s is not None else seconds
+    intervals = estimate.intervals
+    hidden = len(candidate.refusals) - SHOWN_REFUSALS
+    more = (f"and {hidden} more",) if hidden > 0 else ()
+    return {
+        "target": target.name,
+        "title": target.title,
+        "family": target.family,
+        "chips": target.chips,
+        "backend": candidate.backend,
+        "recipe": candidate.recipe,
+        "feasible": candidate.feasible,
+        "refusals": [*candidate.refusals[:SHOWN_REFUSALS], *more],
+        "latency_s": seconds,
+        "interval_s": None if estimate.lo is None else [estimate.lo, estimate.hi],
+        "batch": candidate.batch,
+        "throughput_per_s": None if not period else candidate.batch / period,
+        "pipelined": estimate.period_s is not None,
+        "memory_bytes": estimate.bytes_peak,
+        "memory_interval_bytes": _pair(intervals.get("bytes_peak")),
+        "memory_available_bytes": target.memory_bytes,
+        "energy_j": estimate.joules,
+        "energy_interval_j": _pair(intervals.get("joules")),
+        "energy_per_sample_j": None
+        if estimate.joules is None
+        else estimate.joules / candidate.batch,
+        "usd_per_million": _million(estimate.dollars, candidate.batch),
+        "usd_per_million_interval": _pair(intervals.get("dollars"), 1e6 / candidate.batch),
+        "usd_per_hour": target.usd_per_hour,
+        "price_source": target.sources.get("usd_per_hour"),
+        "quality": dict(candidate.quality) if candidate.quality is not None else None,
+        "pareto": candidate.pareto,
+        "bound": estimate.bound if seconds is not None else None,
+        "resources": dict(estimate.resources),
+        "roofline": _roofline(target, estimate),
+        "operators": _operators(estimate),
+        "measured": dict(candidate.measured) if candidate.measured is not None else None,
+        "calibration": estimate.calibration,
+        "notes": [*estimate.notes, *target.notes],
+    }
+
+
+def _million(dollars: float | None, batch: int) -> float | None:
+    return None if dollars is None else dollars * 1e6 / batch
+
+
+def _pair(interval: tuple[float, float] | None, scale: float = 1.0) -> list[float] | None:
+    return None if interval is None else [interval[0] * scale, interval[1] * scale]
+
+
+def _operators(estimate: Estimate) -> list[dict[str, Any]]:
+    """Where the time goes: seconds and kernels of every operator (or fusion), the longest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for op in estimate.by_op:
+        one = found.setdefault(op.op_type, {"op_type": op.op_type, "seconds": 0.0, "count": 0})
+        one["count"] += 1
+        one["seconds"] += op.seconds
+        # Of the kernel that takes longest, where they differ.
+        if op.seconds >= one.get("longest", 0.0):
+            one["longest"], one["bound"] = op.seconds, op.bound
+    return sorted(found.values(), key=lambda one: -float(one["seconds"]))
+
+
+def _roofline(target: Target, estimate: Estimate) -> dict[str, Any] | None:
+    """Where the model lies under its target's roof: intensity, rate, and the roof's two lines."""
+    operations = sum(op.work.total_operations for op in estimate.by_op)
+    moved = sum(op.work.bytes_moved for op in estimate.by_op)
+    if not operations or not moved:
+        return None
+    seconds = estimate.seconds
+    heaviest = sorted(estimate.by_op, key=lambda op: -op.seconds)[:12]
+    return {
+        "operations": operations,
+        "bytes": moved,
+        "rate": None if not seconds else operations / seconds,
+        "peak_ops": max(target.peak_ops.values(), default=0.0) * target.chips or None,
+        "memory_bytes_per_s": None
+        if target.memory_bytes_per_s is None
+        else target.memory_bytes_per_s * target.chips,
+        "kernels": [
+            {
+                "name": op.name,
+                "op_type": op.op_type,
+                "seconds": op.seconds,
+                "operations": op.work.total_operations,
+                "bytes": op.work.bytes_moved,
+                "bound": op.bound,
+            }
+            for op in heaviest
+        ],
+    }

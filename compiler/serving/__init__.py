@@ -1,0 +1,1 @@
+"""A generator behind HTTP, in the words of OpenAI's API."""

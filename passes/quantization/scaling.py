@@ -1,0 +1,241 @@
+"""Moving a factor of each channel from an activation into the weights around it.
+
+``y = f(x) W`` is the same as ``(f(x) / s) (s W)``; where f is a normalization or another product,
+``1 / s`` goes into its weights for nothing. Equalization, SmoothQuant and AWQ differ only in the s
+that they choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trivium.compiler.passing import (
+    attribute,
+    changed,
+    decline,
+    dims,
+    initializer,
+    is_constant,
+    is_op,
+    read_once,
+    unread,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+_NORMS = ("LayerNormalization", "RMSNormalization")
+_HOMOGENEOUS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "LeakyRelu",
+                "MaxPool", "Relu")  # fmt: skip
+"""Operators for which f(a x) = a f(x), for a > 0, channel by channel."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A constant that a node reads and that has an entry, or several, for each channel.
+
+    Attributes:
+        node, position: The input that it is.
+        axis: Of the channels.
+        groups: Of a convolution of whose weight only the channels of one group lie on the axis.
+    """
+
+    node: ir.Node
+    position: int
+    axis: int
+    groups: int = 1
+
+    @property
+    def value(self) -> ir.Value:
+        value = self.node.inputs[self.position]
+        assert value is not None
+        return value
+
+    def largest(self) -> Array:
+        """The largest magnitude of each channel."""
+        tensor = self.value.const_value
+        assert tensor is not None
+        array = np.abs(np.asarray(tensor.numpy(), np.float32))
+        if self.groups > 1:
+            # [out, in / groups, ...] -> [groups, out / groups, in / groups, ...]
+            split = array.reshape(self.groups, -1, *array.shape[1:])
+            return np.asarray(split.max(axis=(1, *range(3, split.ndim)))).reshape(-1)
+        others = tuple(i for i in range(array.ndim) if i != self.axis % array.ndim)
+        return np.asarray(array.max(axis=others))
+
+    def multiply(self, graph: ir.Graph, factor: Array) -> None:
+        """Let the node read a constant with each channel multiplied by its factor."""
+        old = self.value
+        tensor = old.const_value
+        assert tensor is not None
+        rank = len(tensor.shape)
+
+        def change(array: Array) -> Array:
+            if self.groups > 1:
+                split = array.reshape(self.groups, -1, *array.shape[1:])
+                wide = factor.reshape(self.groups, 1, -1, *[1] * (rank - 2))
+                return (split * wide).reshape(array.shape).astype(array.dtype)
+            shape = [-1 if i == self.axis % rank else 1 for i in range(rank)]
+            return (array * factor.reshape(shape)).astype(array.dtype)
+
+        name = (old.name or "weight").removesuffix("_scaled")
+        made = initializer(graph, changed(tensor, change), f"{name}_scaled")
+        self.node.replace_input_with(self.position, made)
+        if unread(old) and old.is_initializer() and old.graph is graph:
+            graph.initializers.pop(old.name or "")
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation whose channels can be scaled.
+
+    Attributes:
+        value: The activation.
+        readers: The weights of the products that read it.
+        sources: What makes it, to be divided.
+    """
+
+    value: ir.Value
+    readers: tuple[Stored, ...]
+    sources: tuple[Stored, ...]
+    channels: int
+
+    def scale(self, graph: ir.Graph, factor: Array) -> None:
+        """Divide the activation by a factor for each channel, and multiply what reads it."""
+        wide = factor.astype(np.float32)
+        for source in self.sources:
+            source.multiply(graph, 1 / wide)
+        for reader in self.readers:
+            reader.multiply(graph, wide)
+
+
+def sites(graph: ir.Graph) -> Iterator[Site]:
+    """Every activation of a graph that can be scaled for nothing, in order."""
+    seen = set[ir.Value]()
+    for node in graph:
+        value = node.inputs[0] if is_op(node, *PRODUCTS) else None
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        site = _site(value)
+        if site is not None:
+            yield site
+
+
+def _site(value: ir.Value) -> Site | None:
+    if value.is_graph_output() or value.producer() is None or value.dtype != ir.DataType.FLOAT:
+        return None
+    readers = []
+    for node, index in value.uses():
+        reader = _reader(node) if index == 0 else None
+        if reader is None or node.graph is not value.graph:
+            return None
+        readers.append(reader)
+    # Convolutions have their channels on axis 1, products on the last one.
+    last = readers[0].node.op_type != "Conv"
+    if len({reader.node.op_type == "Conv" for reader in readers}) > 1:
+        return None
+    sources = _sources(value, last)
+    if not sources:
+        decline(value, "what makes it cannot take a factor for each channel")
+        return None
+    counts = {_count(reader) for reader in readers}
+    if len(counts) != 1 or None in counts:
+        return None
+    return Site(value, tuple(readers), tuple(sources), counts.pop() or 0)
+
+
+def _count(reader: Stored) -> int | None:
+    shape = dims(reader.value)
+    size = shape[reader.axis] if shape is not None else None
+    return size * reader.groups if size is not None else None
+
+
+def _reader(node: ir.Node) -> Stored | None:
+    """The weight of a product, by the channels of its input."""
+    if not is_op(node, *PRODUCTS) or not is_constant(node.inputs[1]):
+        return None
+    shape = dims(node.inputs[1])
+    if shape is None or len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
+        return None
+    if node.inputs[1] is None or node.inputs[1].dtype != ir.DataType.FLOAT:
+        return None
+    if node.op_type == "Conv":
+        return Stored(node, 1, 1, int(attribute(node, "group", 1)))
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0):
+            return None
+        return Stored(node, 1, 1 if attribute(node, "transB", 0) else 0)
+    return Stored(node, 1, 0)
+
+
+def _sources(value: ir.Value, last: bool) -> list[Stored] | None:
+    """The constants that make each channel of an activation, all of which have to be divided."""
+    node = value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type in _NORMS and last:
+        rank = len(dims(node.inputs[0]) or ())
+        if attribute(node, "axis", -1) not in (-1, rank - 1):
+            return None
+        return _constants(node, [(1, 0), (2, 0)])
+    if node.op_type == "Conv" and not last:
+        return _constants(node, [(1, 0), (2, 0)])
+    if node.op_type == "Gemm" and last:
+        bias = len(dims(node.inputs[2]) or ()) - 1 if len(node.inputs) > 2 else 0
+        return _constants(node, [(1, 0 if attribute(node, "transB", 0) else 1), (2, bias)])
+    if node.op_type == "MatMul" and last:
+        if len(dims(node.inputs[1]) or ()) != 2:
+            return None
+        return _constants(node, [(1, 1)])
+    if node.op_type in _HOMOGENEOUS and not (last and "Pool" in node.op_type):
+        return _through(node, 0, last)
+    if node.op_type == "Mul":
+        for position in (0, 1):
+            if (found := _through(node, position, last)) is not None:
+                return found
+    if node.op_type == "Add":
+        for position in (0, 1):
+            found = _through(node, 1 - position, last)
+            added = _per_channel(node, position, last) if found else None
+            if found is not None and added is not None:
+                return [*found, added]
+    return None
+
+
+def _through(node: ir.Node, position: int, last: bool) -> list[Stored] | None:
+    value = node.inputs[position]
+    if value is None or is_constant(value) or not read_once(value):
+        return None
+    return _sources(value, last)
+
+
+def _constants(node: ir.Node, places: list[tuple[int, int]]) -> list[Stored] | None:
+    found = []
+    for position, axis in places:
+        value = node.inputs[position] if position < len(node.inputs) else None
+        if value is None:
+            continue
+        shape = dims(value)
+        if not is_constant(value) or value.dtype != ir.DataType.FLOAT or not shape:
+            return None
+        if position > 1 and (shape[axis] == 1 or (len(shape) > 1 and axis != len(shape) - 1)):
+            return None
+        found.append(Stored(node, position, axis))
+    return found
+
+
+def _per_channel(node: ir.Node, position: int, last: bool) -> Stored | None:
+    """A constant operand that is one number for each channel of the last axis."""
+    value, other = node.inputs[position], node.inputs[1 - position]
+    shape, whole = dims(value), dims(other)
+    if not last or not is_constant(value) or value is None or not shape or not whole:
+        return None
+    if shape[-1] != whole[-1] or shape[-1] == 1 or any(size != 1 for size in shape[:-1]):
+        return None
+    return Stored(node, position, len(shape) - 1)

@@ -1,0 +1,86 @@
+"""Serving predictions on the trained Shakespeare model: what grows with what, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trivium.compiler import targets
+from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.decoder_cost import Costs, Speculation, predict
+from trivium.compiler.types import Workload
+
+LOAD = Workload(prompt_tokens=64, new_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data: Callable[[str], Path]) -> Path:
+    return shared_data("llm-shakespeare")
+
+
+@pytest.fixture(scope="module")
+def costs(folder: Path) -> Costs:
+    return Costs(folder, "nvidia-h100-sxm", "xla")
+
+
+def test_a_generation_is_its_prompt_and_its_steps(costs: Costs) -> None:
+    found = predict(costs, LOAD)
+    assert found.first_token_s is not None
+    assert found.step_s is not None
+    assert found.total_s == pytest.approx(found.first_token_s + 63 * found.step_s)
+    assert found.total_s is not None
+    assert found.tokens_per_s == pytest.approx(64 / found.total_s)
+    for name, (low, high) in found.intervals.items():
+        assert low < getattr(found, name) < high
+    # Four layers, four heads of keys and values of 32 float32 each.
+    assert found.cache_bytes == 128 * 4 * 2 * 4 * 32 * 4
+    assert found.weights_bytes == pytest.approx(3.4e6 * 4, rel=0.1)
+    assert found.calibration
+
+
+def test_batches_share_the_weights_and_long_caches_take_longer(costs: Costs) -> None:
+    one, many = predict(costs, LOAD), predict(costs, replace(LOAD, batch=64))
+    assert one.tokens_per_s is not None
+    assert many.tokens_per_s is not None
+    assert 10 * one.tokens_per_s < many.tokens_per_s < 64 * one.tokens_per_s
+    short, long = costs.call(512, 1, 64), costs.call(512, 1, 512)
+    assert short.seconds is not None
+    assert long.seconds is not None
+    assert long.seconds > 1.5 * short.seconds
+    twice = predict(costs, replace(LOAD, batch=8, concurrency=16))
+    assert twice.rounds == 2
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(costs: Costs, folder: Path) -> None:
+    small = replace(costs.target, memory_bytes=2e8)
+    found = predict(Costs(folder, small, "xla"), replace(LOAD, batch=1000))
+    assert found.largest_batch is not None
+    assert 10 < found.largest_batch < 1000
+    assert any("does not fit" in note for note in found.notes)
+    more = predict(Costs(folder, replace(small, memory_bytes=4e8), "xla"), LOAD)
+    assert more.largest_batch is not None
+    assert more.largest_batch > 2 * found.largest_batch
+
+
+def test_speculation_pays_by_what_is_accepted(costs: Costs) -> None:
+    def step(acceptance: float) -> float:
+        found = predict(costs, LOAD, Speculation(costs, 3, acceptance))
+        assert found.step_s is not None
+        return found.step_s
+
+    assert Speculation(costs, 3, 0.5).accepted == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+    assert step(0.9) < step(0.5) < step(0.1)
+    plain = predict(costs, LOAD).step_s
+    assert plain is not None
+    # The draft is as large as the model: nothing can be won.
+    assert step(1.0) > 0.8 * plain
+
+
+def test_what_is_no_generation_is_told(costs: Costs, shared_data: Callable[[str], Path]) -> None:
+    with pytest.raises(BadInput, match="tokens of its prompt"):
+        predict(costs, Workload())
+    with pytest.raises(Unsupported, match="no cache can be given"):
+        Costs(shared_data("models/mnist_cnn_cntk.onnx"), targets.find("nvidia-t4"), "xla")

@@ -1,0 +1,217 @@
+"""Text in and text out: tokenizers, streams, stop texts, chat templates, and the verb."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed (pip install 'trivium[hf]')")
+
+import trivium
+from trivium.compiler import cli
+from trivium.compiler.artifact import Artifact
+from trivium.compiler.errors import BadInput
+from trivium.compiler.generation.sampling import Settings
+from trivium.compiler.generation.text import TextGenerator
+from trivium.compiler.generation.tokenizer import StopTexts, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shakespeare: Artifact) -> Tokenizer:
+    return Tokenizer(shakespeare)
+
+
+@given(text=st.text(max_size=40))
+def test_stream_gives_the_text_of_all_tokens(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text, special=False)
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(tokens) == text
+    assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
+
+
+def test_characters_of_many_bytes_come_whole(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokenizer.encode("床前明月光", special=False)]
+    assert len(pieces) > 5
+    assert [piece for piece in pieces if piece] == list("床前明月光")
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_texts_end_the_output(pieces: list[str], stops: list[str]) -> None:
+    watch, out, stopped = StopTexts(stops), "", False
+    for piece in pieces:
+        more, stopped = watch.push(piece)
+        out += more
+        if stopped:
+            break
+    out += "" if stopped else watch.finish()
+    whole = "".join(pieces)
+    if not stopped:
+        assert out == whole
+        assert not any(stop in whole for stop in stops)
+    else:
+        assert whole.startswith(out)
+        assert any(whole[len(out) :].startswith(stop) for stop in stops)
+        assert not any(stop in out for stop in stops)
+
+
+def test_generation_stops_before_a_stop_text(shakespeare: Artifact) -> None:
+    generator = TextGenerator(shakespeare)
+    whole = generator.complete(["ROMEO:"], Settings(max_new_tokens=40))[0]
+    assert whole.text is not None
+    assert "awhile" in whole.text
+    (cut,) = generator.complete(["ROMEO:"], Settings(max_new_tokens=40, stop=("awhile",)))
+    assert cut.text == whole.text.partition("awhile")[0]
+    assert (cut.finish_reason, whole.finish_reason) == ("stop", "length")
+
+
+def test_pieces_put_together_are_the_completion(shakespeare: Artifact) -> None:
+    generator = TextGenerator(shakespeare)
+    asked = Settings(max_new_tokens=30, temperature=0.9)
+    texts = ["", ""]
+    for piece in generator.stream(["ROMEO:", "JULIET:\nO"], asked):
+        texts[piece.index] += piece.text
+    assert texts == [one.text for one in generator.complete(["ROMEO:", "JULIET:\nO"], asked)]
+
+
+def test_caller_that_stops_reading_cancels(shakespeare: Artifact) -> None:
+    generator = TextGenerator(shakespeare)
+    stream = generator.stream(["ROMEO:"], Settings(max_new_tokens=400))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    generator.engine.step()
+    assert not generator.engine.busy
+
+
+CHAT = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def with_template(template: str, folder: Path, out: Path) -> Artifact:
+    copy = out / "folder"
+    shutil.copytree(folder, copy)
+    for file in copy.iterdir():
+        file.chmod(0o644)
+    options = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": template}))
+    return trivium.compile(copy, "cpu", out=out / "artifact")
+
+
+def test_chat_template_is_carried_and_rendered(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    artifact = with_template(CHAT, shared_data("llm-shakespeare"), tmp_path)
+    assert artifact.generator is not None
+    assert artifact.generator.chat_template == "chat_template.jinja"
+    tokenizer = Tokenizer(artifact)
+    messages = [{"role": "user", "content": "Speak."}]
+    assert tokenizer.render(messages) == "<|endoftext|>user: Speak.\nassistant:"
+    tokens = tokenizer.chat(messages)
+    assert tokens[0] == 0
+    assert tokenizer.decode(tokens) == "user: Speak.\nassistant:"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}", "{{ 1 / 0 }}"],
+)
+def test_template_that_fails_is_one_line(
+    template: str, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(with_template(template, shared_data("llm-shakespeare"), tmp_path))
+    with pytest.raises(BadInput, match="the chat template fails"):
+        tokenizer.render([{"role": "user", "content": "x"}])
+
+
+def test_tokenizer_that_does_not_match_is_refused(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(shared_data("llm-shakespeare"), folder)
+    path = folder / "tokenizer.json"
+    path.chmod(0o644)
+    document = json.loads(path.read_text())
+    document["model"]["vocab"]["more"] = 1024
+    path.write_text(json.dumps(document))
+    artifact = trivium.compile(folder, "cpu", out=tmp_path / "out")
+    with pytest.raises(BadInput, match="has the token 1024, and the model a vocabulary of 1024"):
+        TextGenerator(artifact)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["generate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_verb_streams_text(shakespeare: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        capsys, str(shakespeare.path), "--prompt", "ROMEO:", "--max-new-tokens", "9"
+    )
+    assert code == 0
+    (expected,) = TextGenerator(shakespeare).complete(["ROMEO:"], Settings(max_new_tokens=9))
+    assert out == f"{expected.text}\n"
+    assert "2 tokens in, 9 out (length)" in err
+
+
+def test_verb_s_document(
+    shakespeare: Artifact, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    batch = tmp_path / "prompts.jsonl"
+    batch.write_text('{"prompt": "ROMEO:"}\n{"prompt": [5, 17]}\n')
+    options = ("--batch", str(batch), "--max-new-tokens", "4", "--logprobs", "2", "--json")
+    code, out, _ = run(capsys, str(shakespeare.path), *options)
+    assert code == 0
+    outputs: list[dict[str, Any]] = json.loads(out)["outputs"]
+    assert [one["prompt_tokens"] for one in outputs] == [2, 2]
+    for one in outputs:
+        keys = {"text", "tokens", "finish_reason", "first_token_s", "tokens_per_s", "logprobs"}
+        assert keys < set(one)
+        assert len(one["tokens"]) == len(one["logprobs"]) == 4
+        assert len(one["logprobs"][0]["top"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--prompt", ""), "the prompt: is empty"),
+        (("--prompt", "a b " * 400), "which leaves no room in a context of 512"),
+        (("--prompt-ids", "1,x"), "--prompt-ids: '1,x' is no list of tokens"),
+        (("--prompt-ids", "4096"), "holds the token 4096, and the vocabulary is 1024"),
+        (("--batch", "absent.txt"), "absent.txt: no such file"),
+        (("--prompt", "x", "--top-p", "2"), "top_p is 2.0"),
+    ],
+)
+def test_verb_refuses_in_one_line(
+    shakespeare: Artifact,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    problem: str,
+) -> None:
+    code, out, err = run(capsys, str(shakespeare.path), *options)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_generator_cannot_generate(
+    shared_data: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = shared_data("models/mnist_cnn_cntk.onnx")
+    artifact = trivium.compile(model, "cpu", out=tmp_path / "out")
+    code, _, err = run(capsys, str(artifact.path), "--prompt", "x")
+    assert code == 2
+    assert "is no generator; compile a decoder with --generator" in err
