@@ -105,7 +105,7 @@ def _unwanted_fusions(model: ir.Model) -> list[str]:
 
     It makes a Gemm of a product and the bias added to it before it looks at what is quantized, and
     has no integer kernel for that Gemm: int8 MiniLM took 54 ms with the fusion and 14 ms without
-    (one thread of a Zen 4), float32 33 ms.
+    (one thread of a Xeon).
     """
     quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.all_nodes())
     return ["MatMulAddFusion"] if quantized else []
