@@ -24,7 +24,7 @@ from trivium.compiler.cli import main
 sys.exit(main(["optimize", sys.argv[1], "--recipe", "int4", "-o", sys.argv[2]]))
 """
 
-_PEER = """
+QUANTIZE_Q4_0 = """
 import sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
 params.nthread, params.ftype = 1, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
@@ -72,7 +72,7 @@ def _peer(folder: Path, shape: str) -> Samples | None:
 
     source = gguf.write(folder / shape, folder / f"{shape}.gguf")
     samples = Samples()
-    command = [interpreter, "-c", _PEER, str(source), str(folder / f"{shape}.q4.gguf")]
+    command = [interpreter, "-c", QUANTIZE_Q4_0, str(source), str(folder / f"{shape}.q4.gguf")]
     run_command(command, samples, cpu=True)
     print(f"llama-quantize: {seconds(samples)}", file=sys.stderr)
     return samples

@@ -84,7 +84,8 @@ def sentences(folder: Path, count: int, tokens: int) -> Path | None:
     ids = tokenizer.encode(text.read_text()[: count * tokens * 8], add_special_tokens=False).ids
     rows = np.array(ids[: count * (tokens - 2)], np.int64).reshape(count, tokens - 2)
     cls, sep = (tokenizer.token_to_id(mark) for mark in ("[CLS]", "[SEP]"))
-    assert cls is not None and sep is not None
+    assert cls is not None
+    assert sep is not None
     rows = np.pad(rows, ((0, 0), (1, 1)))
     rows[:, 0], rows[:, -1] = cls, sep
     path = folder / "sentences.npz"

@@ -227,11 +227,31 @@ class ConvertedTensor(ir.LazyTensor):
         rows = mapped.reshape(1) if mapped.ndim == 0 else mapped
         step = max(1, size // max(4 * math.prod(rows.shape[1:]), 1))
         for first in range(0, rows.shape[0], step):
-            block = rows[first : first + step]
             if self._transpose:
-                # Copied as it lies first, so that it is turned within the cache.
-                block = np.ascontiguousarray(block.T).T
-            yield np.array(block, dtype=np.float32, order="C").tobytes()
+                yield self._turned(mapped, first, first + step).tobytes()
+            else:
+                yield np.array(rows[first : first + step], dtype=np.float32, order="C").tobytes()
+
+    def _turned(self, mapped: np.ndarray[Any, Any], first: int, last: int) -> np.ndarray[Any, Any]:
+        """Some rows of the transposed matrix, gathered band by band of the file's rows.
+
+        Pages that were read are given back at once: they would count towards this process.
+        """
+        import mmap
+
+        import numpy as np
+
+        part = mapped[first:last]
+        turned = np.empty(part.shape, np.float32)
+        band = max(1, _BLOCK // max(self._entry.length // max(part.shape[1], 1), 1))
+        pages = getattr(mapped, "_mmap", None)
+        for start in range(0, part.shape[1], band):
+            turned[:, start : start + band] = np.ascontiguousarray(
+                part[:, start : start + band].T
+            ).T
+            if pages is not None:
+                pages.madvise(mmap.MADV_DONTNEED)
+        return turned
 
     def stripes(self) -> Stripes:
         """The matrix in stripes along the axis in which it lies in the file."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.onnxruntime import genai, generating
+from trivium.backends.onnxruntime.shared_cache import share_caches
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
@@ -65,14 +66,19 @@ class OnnxRuntimeBackend:
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         inputs, outputs = models.signature(model)
-        if request.generator is not None:
-            generating.default_to_last(model, request.generator)
+        generator = request.generator
+        if generator is not None:
+            generating.default_to_last(model, generator)
+            # Caches that the source has among its inputs stay as it has them.
+            if not any(cache.past in f for cache in generator.caches for f in request.samples):
+                generator = share_caches(model, generator)
+            inputs, outputs = models.signature(model)
         # A generator's weights are read by two graphs, and so are never inside of one.
-        external = True if request.generator is not None else None
+        external = True if generator is not None else None
         files = models.save(model, request.folder / "model.onnx", external=external)
         notes = []
-        if request.generator is not None:
-            problem = genai.write(request.folder, files[0].name, request.generator)
+        if generator is not None:
+            problem = genai.write(request.folder, files[0].name, generator)
             notes += [f"no genai_config.json: {problem}"] if problem else []
         without = _unwanted_fusions(model)
         _session(str(files[0]), without)
@@ -81,6 +87,7 @@ class OnnxRuntimeBackend:
             weights=files[1].name if len(files) > 1 else None,
             details={"disabled_optimizers": without},
             notes=tuple(notes),
+            generator=generator,
         )
 
     def load(self, artifact: Artifact) -> Executable:
@@ -98,7 +105,7 @@ def _unwanted_fusions(model: ir.Model) -> list[str]:
 
     It makes a Gemm of a product and the bias added to it before it looks at what is quantized, and
     has no integer kernel for that Gemm: int8 MiniLM took 54 ms with the fusion and 14 ms without
-    (one thread of a Zen 4), float32 33 ms. And it takes the zero of 8-bit floats for their least
+    (one thread of a Xeon). And it takes the zero of 8-bit floats for their least
     value, and so a ReLU before them for nothing.
     """
     import onnx_ir as ir

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trivium.compiler.generator import Generator
-from trivium.compiler.passing import attribute, is_op
+from trivium.compiler.passing import attribute
 
 CONFIG, MODEL = "genai_config.json", "genai.onnx"
 
@@ -22,14 +22,17 @@ CONFIG, MODEL = "genai_config.json", "genai.onnx"
 def write(folder: Path, file: str, generator: Generator) -> str | None:
     """Write the configuration for the graph in ``folder/file``; return why not, or None."""
     named = _names(generator)
-    if generator.form != "growing" or named is None or generator.mask is None:
-        return "onnxruntime-genai takes growing caches with numbered names, and a mask"
+    if generator.form == "static" or named is None or generator.mask is None:
+        return "onnxruntime-genai takes caches of its own, with numbered names, and a mask"
     if not generator.eos:
         return "onnxruntime-genai needs a token that ends a text"
     model = ir.load(folder / file)
-    heads = {attribute(node, "q_num_heads") for node in model.graph if is_op(node, "Attention")} - {
-        None
-    }
+    heads = [
+        attribute(node, name, 0)
+        for node in model.graph
+        for name in ("q_num_heads", "num_heads")
+        if node.op_type in ("Attention", "GroupQueryAttention")
+    ]
     key = generator.caches[0].shape
     if generator.chosen is not None:
         _choose_last(model, generator)
@@ -52,7 +55,7 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
     kv_heads, head_size = key[1], key[3]
     if not (isinstance(kv_heads, int) and isinstance(head_size, int)):
         return "onnxruntime-genai needs to know the sizes of a cache"
-    attention_heads = max(heads, default=kv_heads)
+    attention_heads = max([*heads, kv_heads])
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": file,
@@ -79,7 +82,7 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
         "search": {
             "do_sample": False,
             "max_length": generator.context,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": generator.form == "shared",
         },
     }
     (folder / CONFIG).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

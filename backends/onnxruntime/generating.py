@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+_SPARE = 256
+"""Slots that a buffer gets beyond those that are asked for, so that it is not copied each step."""
+
 
 def default_to_last(model: ir.Model, generator: Generator) -> None:
     """Let the logits be those of the last position unless others are asked for.
@@ -56,19 +59,74 @@ class OnnxRuntimeDecoder(SlotDecoder):
         ]
 
     def _call(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
+        if self.generator.form == "shared" and _several_after_others(self.generator, feeds):
+            return self._one_by_one(feeds, buffers)
+        return self._call_once(feeds, buffers)
+
+    def _one_by_one(
+        self, feeds: Mapping[str, Array], buffers: list[Any]
+    ) -> tuple[Array, list[Any]]:
+        """Several new tokens of several rows after others, which GroupQueryAttention lacks."""
+        import numpy as np
+
+        made = self.generator
+        tokens, mask = feeds[made.tokens], feeds[made.mask or ""]
+        wanted = {int(i) for i in feeds[made.chosen]} if made.chosen else None
+        found = []
+        for column in range(tokens.shape[1]):
+            end = mask.shape[1] - tokens.shape[1] + column + 1
+            one = dict(feeds)
+            one[made.tokens] = tokens[:, column : column + 1]
+            one[made.mask or ""] = mask[:, :end]
+            if made.positions is not None:
+                one[made.positions] = feeds[made.positions][:, column : column + 1]
+            if made.chosen is not None:
+                one[made.chosen] = np.array([0], np.int64)
+            logits, buffers = self._call_once(one, buffers)
+            if wanted is None or column in wanted:
+                found.append(logits)
+        kept = found if made.chosen or made.kept == "all" else found[-1:]
+        return np.concatenate(kept, axis=1), buffers
+
+    def _call_once(self, feeds: Mapping[str, Array], buffers: list[Any]) -> tuple[Array, list[Any]]:
+        in_place = self.generator.form == "shared"
+        if in_place:
+            buffers = self._with_room(buffers, feeds[self.generator.mask or ""].shape[1])
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, _value(array.astype(self._dtypes[name], copy=False)))
         for cache, buffer in zip(self.generator.caches, buffers, strict=True):
             binding.bind_ortvalue_input(cache.past, buffer)
-        for name in (self.generator.logits, *(c.present for c in self.generator.caches)):
-            binding.bind_output(name)
+        binding.bind_output(self.generator.logits)
+        for cache, buffer in zip(self.generator.caches, buffers, strict=True):
+            if in_place:
+                binding.bind_ortvalue_output(cache.present, buffer)
+            else:
+                binding.bind_output(cache.present)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises a dozen kinds without a common base
             raise BackendFailed(one_line(error), about="onnxruntime") from error
         logits, *after = binding.get_outputs()
-        return logits.numpy(), after
+        # Buffers stay those that were given: what comes back does not own their memory.
+        return logits.numpy(), buffers if in_place else after
+
+    def _with_room(self, buffers: list[Any], slots: int) -> list[Any]:
+        """Buffers of at least so many slots: those that are given, or larger copies of them."""
+        import numpy as np
+
+        first = self.generator.caches[0]
+        have = buffers[0].shape()[first.length_axis]
+        if slots <= have:
+            return buffers
+        length = min(self.generator.context, max(slots + _SPARE, 2 * have))
+        grown = []
+        for cache, buffer in zip(self.generator.caches, buffers, strict=True):
+            old = buffer.numpy()
+            new = np.zeros(cache.sized(old.shape[cache.batch_axis], length), old.dtype)
+            np.moveaxis(new, cache.length_axis, 0)[:have] = np.moveaxis(old, cache.length_axis, 0)
+            grown.append(_value(new))
+        return grown
 
     def _arrange(
         self, buffers: Sequence[Sequence[Any]], places: Sequence[tuple[int, int]], slots: Array
@@ -78,8 +136,9 @@ class OnnxRuntimeDecoder(SlotDecoder):
         arranged = []
         for index, cache in enumerate(self.generator.caches):
             held = [own[index].numpy() for own in buffers]
-            static = self.generator.form == "static"
-            length = held[0].shape[cache.length_axis] if static else slots.shape[1]
+            fixed = self.generator.form != "growing"
+            room = max(own.shape[cache.length_axis] for own in held)
+            length = room if fixed else slots.shape[1]
             new = np.zeros(cache.sized(len(places), length), held[0].dtype)
             rows = np.moveaxis(new, (cache.batch_axis, cache.length_axis), (0, 1))
             for row, (source, place) in enumerate(places):
@@ -88,6 +147,11 @@ class OnnxRuntimeDecoder(SlotDecoder):
                 rows[row, : slots.shape[1]][wanted] = old[place, slots[row][wanted]]
             arranged.append(_value(new))
         return arranged
+
+
+def _several_after_others(generator: Generator, feeds: Mapping[str, Array]) -> bool:
+    rows, new = feeds[generator.tokens].shape
+    return bool(rows > 1 and new > 1 and feeds[generator.mask or ""].shape[1] > new)
 
 
 _NUMPY = {

@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TILE = 1 << 17
 """Elements quantized at a time: a few times this many bytes stay in the cache."""
 
-_PACKED = 64 << 20
+_PACKED = 32 << 20
 """Bytes of packed codes made in one go; of a larger matrix the stripes are read several times."""
 
 
@@ -96,7 +96,8 @@ class BlockedWeight:
         """Quantize some rows; their scales and zero points are kept."""
         if top == 0:
             self._small["scale"] = np.empty((self.blocks, self.columns), np.float32)
-            self._small["zero_point"] = np.zeros((self.blocks, self.columns), self._container)
+            if not self._symmetric:
+                self._small["zero_point"] = np.empty((self.blocks, self.columns), self._container)
         # Packed at once where every row begins a byte of its own.
         aligned = self._two_to_a_byte and self.columns % 2 == 0
         made = np.empty((bottom - top, self.columns // (2 if aligned else 1)), np.uint8)
@@ -136,7 +137,11 @@ class BlockedWeight:
         if missing:
             part = np.pad(part, ((0, 0), (0, missing)), mode="edge")
         blocks = part.reshape(count, -1, self._block)
-        low, high = _reduce(np.minimum, blocks), _reduce(np.maximum, blocks)
+        if self._symmetric and self._grid.signed:
+            high = _reduce(np.maximum, np.abs(blocks))
+            low = -high
+        else:
+            low, high = _reduce(np.minimum, blocks), _reduce(np.maximum, blocks)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise BadInput(
                 "holds NaN or infinity, which no block of integers can",
@@ -153,7 +158,8 @@ class BlockedWeight:
             codes = linear.quantize(blocks, scale[:, :, None], zero[:, :, None], self._grid)
         first = top // self._block
         self._small["scale"][first : first + scale.shape[1], left:right] = scale.T
-        self._small["zero_point"][first : first + scale.shape[1], left:right] = zero.T
+        if not self._symmetric:
+            self._small["zero_point"][first : first + scale.shape[1], left:right] = zero.T
         return codes.reshape(count, -1)[:, :length]
 
 
