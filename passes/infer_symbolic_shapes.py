@@ -8,11 +8,14 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from trivium.compiler.onnx_api import one_line
-from trivium.compiler.passing import Pass, decline
+from trivium.compiler.passing import Pass, constant, decline, is_op
 from trivium.compiler.types import Preserves
 
 _ANONYMOUS = ("unk__", "_d")
 """How the names begin that onnx and the library invent for a dimension."""
+
+_TO_THE_END = 2**31 - 1
+"""At this and above, exporters mean the end of the axis."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,37 @@ class InferSymbolicShapes(Pass):
         found = {v.name: v for node in twin.graph for v in node.outputs if v.name in guilty}
         for value in found.values():
             value.shape = None
+        for node in twin.graph:
+            if is_op(node, "Slice") and not _settled(node):
+                _hide(node)
         try:
             infer_symbolic_shapes(twin, warn_on_missing=False)
         except Exception as error:  # the library, or sympy below it
             return decline(next(iter(guilty.values())), one_line(error))
         named = [_adopt(value, found[name]) for name, value in guilty.items() if name in found]
         return any(named)
+
+
+def _settled(node: ir.Node) -> bool:
+    """Whether the size of a Slice follows from what is known.
+
+    The library takes a constant end for the size, however short the axis turns out to be.
+    """
+    starts, ends = constant(node.inputs[1]), constant(node.inputs[2])
+    axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    if node.inputs[0] is not None and node.inputs[0].shape is not None:
+        shape = node.inputs[0].shape
+        cut = range(len(shape)) if axes is None else [int(axis) for axis in axes]
+        if all(isinstance(shape[axis], int) for axis in cut):
+            return True
+    if starts is None or ends is None:
+        return False
+    return bool((starts >= 0).all() and (ends >= _TO_THE_END).all())
+
+
+def _hide(node: ir.Node) -> None:
+    """Make a node one that the library does not know, so that its outputs stay anonymous."""
+    node.op_type = f"Unsettled{node.op_type}"
 
 
 def _is_anonymous(value: ir.Value) -> bool:

@@ -90,3 +90,15 @@ def test_guard_that_something_else_reads_stays() -> None:
     made = model(text)
     assert not RecognizeAttention()(made).modified
     assert ops(made)["Softmax"] == 1
+
+
+def test_a_cut_of_an_axis_of_any_length_stays_open() -> None:
+    text = (
+        "a = Constant<value=int64[1] {0}>() b = Constant<value=int64[1] {1000}>() "
+        "h = Slice(x, a, b, a) s = Shape(h) y = Expand(one, s)"
+    )
+    made = model(f"(float[B,4] x, float[1] one) => (float[P,4] y) {{ {text} }}")
+    cut = next(node.outputs[0] for node in made.graph if node.op_type == "Slice")
+    InferSymbolicShapes()(made)
+    assert cut.shape is not None
+    assert not isinstance(cut.shape[0], int)
