@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from trivium.compiler.model import OPSET
 from trivium.compiler.onnx_api import one_line
-from trivium.compiler.passing import Pass, constant, decline, is_op
+from trivium.compiler.passing import Pass, decline
 from trivium.compiler.types import Preserves
 
 _ANONYMOUS = ("unk__", "_d")
 """How the names begin that onnx and the library invent for a dimension."""
-
-_TO_THE_END = 2**31 - 1
-"""At this and above, exporters mean the end of the axis."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,12 @@ class InferSymbolicShapes(Pass):
             return False
         from onnx_shape_inference import infer_symbolic_shapes
 
+        _with_open_slices()
         # On a copy: the library leaves notes on values, and believes the names that it finds.
         twin = model.clone()
         found = {v.name: v for node in twin.graph for v in node.outputs if v.name in guilty}
         for value in found.values():
             value.shape = None
-        for node in twin.graph:
-            if is_op(node, "Slice") and not _settled(node):
-                _hide(node)
         try:
             infer_symbolic_shapes(twin, warn_on_missing=False)
         except Exception as error:  # the library, or sympy below it
@@ -52,26 +49,32 @@ class InferSymbolicShapes(Pass):
         return any(named)
 
 
-def _settled(node: ir.Node) -> bool:
-    """Whether the size of a Slice follows from what is known.
+@cache
+def _with_open_slices() -> None:
+    """Make the library's rule for Slice leave open what it takes for granted.
 
-    The library takes a constant end for the size, however short the axis turns out to be.
+    It takes a constant end for the size of the result, however short the axis turns out to be.
     """
-    starts, ends = constant(node.inputs[1]), constant(node.inputs[2])
-    axes = constant(node.inputs[3]) if len(node.inputs) > 3 else None
-    if node.inputs[0] is not None and node.inputs[0].shape is not None:
-        shape = node.inputs[0].shape
-        cut = range(len(shape)) if axes is None else [int(axis) for axis in axes]
-        if all(isinstance(shape[axis], int) for axis in cut):
-            return True
-    if starts is None or ends is None:
-        return False
-    return bool((starts >= 0).all() and (ends >= _TO_THE_END).all())
+    from onnx_shape_inference import registry
 
+    registry.collect()
+    rule = registry.get("", "Slice", OPSET)
+    assert rule is not None
 
-def _hide(node: ir.Node) -> None:
-    """Make a node one that the library does not know, so that its outputs stay anonymous."""
-    node.op_type = f"Unsettled{node.op_type}"
+    def infer(context: Any, node: ir.Node) -> None:
+        rule(context, node)
+        data, cut = node.inputs[0], node.outputs[0]
+        if data is None or data.shape is None or cut.shape is None:
+            return
+        sizes = zip(data.shape, cut.shape, strict=True)
+        cut.shape = ir.Shape(
+            context.new_symbolic_dim()
+            if isinstance(after, int) and not isinstance(before, int)
+            else after
+            for before, after in sizes
+        )
+
+    registry.register("", "Slice", since_version=13)(infer)
 
 
 def _is_anonymous(value: ir.Value) -> bool:

@@ -221,9 +221,10 @@ class XlaExecutable:
 
         inputs, program = self._program_for(feeds)
         ready = conform_feeds(feeds, inputs)
+        held = {name: ready.pop(name) for name in self.caches if name in ready}
         try:
             with precise():
-                results = program(self._weights, ready)
+                results = program(self._weights, ready, *([held] if held else []))
                 return {name: np.asarray(value) for name, value in results.items()}
         except Exception as error:  # XLA raises one kind for everything, jax several more
             raise BackendFailed(one_line(error), about="XLA") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Executable
 from trivium.compiler.errors import BackendFailed
+from trivium.compiler.generation.compiling import is_driven
 from trivium.compiler.generation.executable import GeneratorExecutable
 from trivium.compiler.generation.slots import SlotDecoder
 from trivium.compiler.generator import Generator
@@ -32,7 +33,8 @@ def load(artifact: Artifact, *, simulated: bool = False) -> Executable:
     if artifact.generator is None:
         return executable
     decoder = XlaDecoder(artifact.generator, executable)
-    return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target)
+    plain = None if is_driven(artifact.generator, artifact.inputs) else executable.run
+    return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
 
 
 class XlaDecoder(SlotDecoder):
