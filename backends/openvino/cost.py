@@ -25,16 +25,8 @@ def melts(node: ir.Node) -> bool:
 
 def profile_for(target: Target) -> Profile:
     """How the engine runs kernels on a CPU."""
-    machine = calibrations.cpu_machine(target, "openvino")
-    calibration = machine.calibration
-    return Profile(
-        spread=calibration.spread,
-        calibration=calibration.basis,
-        call_s=calibration["call_s"],
-        fused=melts,
-        arithmetic={"float16": ("float32",)},
-        machine=machine,
-    )
+    arithmetic = {"float16": ("float32",)}
+    return calibrations.cpu_profile(target, "openvino", fused=melts, arithmetic=arithmetic)
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:

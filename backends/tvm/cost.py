@@ -25,15 +25,8 @@ def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
 def profile_for(target: Target) -> Profile:
     """How TVM's kernels run on a target."""
     if target.family == "cpu":
-        on_cpu = calibrations.cpu_machine(target, "tvm")
-        calibration = on_cpu.calibration
-        return Profile(
-            spread=calibration.spread,
-            calibration=calibration.basis,
-            call_s=calibration["call_s"],
-            arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
-            machine=on_cpu,
-        )
+        widened = dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",))
+        return calibrations.cpu_profile(target, "tvm", arithmetic=widened)
     engine = calibrations.find(target, "engine_tvm")
     machine = calibrations.gpu_machine(target, pace=engine["pace"])
     spread, basis = calibrations.combined(engine, machine.calibrations)

@@ -47,16 +47,8 @@ which the backend compiles with so that the device computes what was verified.""
 def profile_for(target: Target) -> Profile:
     """How XLA runs kernels on a target."""
     if target.family == "cpu":
-        on_cpu = calibrations.cpu_machine(target, "xla")
-        calibration = on_cpu.calibration
-        return Profile(
-            spread=calibration.spread,
-            calibration=calibration.basis,
-            call_s=calibration["call_s"],
-            fused=melts,
-            arithmetic=dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",)),
-            machine=on_cpu,
-        )
+        widened = dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",))
+        return calibrations.cpu_profile(target, "xla", fused=melts, arithmetic=widened)
     if target.family == "tpu":
         product = calibrations.find(target, "product")
         call = calibrations.find(target, "engine_xla")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from trivium.compiler.calibration import Calibration, Scope, folder, from_toml
+from trivium.compiler.cost import Profile, melts_elementwise
 from trivium.compiler.errors import BadInput
+from trivium.compiler.kernels import Fused
 from trivium.compiler.machines.cpu import START as CPU_START
 from trivium.compiler.machines.cpu import CpuMachine
 from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
@@ -110,6 +112,25 @@ def cpu_machine(target: Target, engine: str) -> CpuMachine:
     whole = {**CPU_START, **calibration.coefficients}
     calibration = replace(calibration, coefficients=whole)
     return CpuMachine(calibration, with_bandwidth(target).memory_bytes_per_s)
+
+
+def cpu_profile(
+    target: Target,
+    engine: str,
+    *,
+    fused: Fused = melts_elementwise,
+    arithmetic: Mapping[str, Sequence[str]],
+) -> Profile:
+    """How an engine runs kernels on a CPU; what `Profile` says of the arguments holds here."""
+    machine = cpu_machine(target, engine)
+    return Profile(
+        spread=machine.calibration.spread,
+        calibration=machine.calibration.basis,
+        call_s=machine.calibration["call_s"],
+        fused=fused,
+        arithmetic=arithmetic,
+        machine=machine,
+    )
 
 
 def combined(engine: Calibration, kernels: Mapping[str, Calibration]) -> tuple[float, str]:
