@@ -162,8 +162,12 @@ _ADDS = {
     "fpga": "nothing to install: Vitis HLS projects, simulated with g++",
     "tensorrt": "TensorRT engines, built on the machine that has the GPU (not part of all)",
     "torch-xla": "PyTorch/XLA beside Trivium; no backend uses it yet (not part of all)",
-    "hf": "tokenizers for checkpoint folders",
-    "all": "every extra above but tensorrt and torch-xla",
+    "openvino": "OpenVINO on this CPU",
+    "hf": "tokenizers and chat templates for checkpoint folders",
+    "serve": "generators over HTTP (trivium serve)",
+    "tune": "training back what a recipe cost (trivium tune), and explain's budgets",
+    "torch": "PyTorch and transformers, which the tests compare with (not part of all)",
+    "all": "every extra above but tensorrt, torch-xla and torch",
     "dev": "what the tests, the linters and the benchmarks need",
 }
 

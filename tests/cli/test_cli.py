@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,7 @@ def test_listings(tmp_path: Path) -> None:
     assert "none" in listed["recipes"]
     extras = {row["extra"]: row for row in document("doctor")["extras"]}
     assert set(extras) >= {"tpu", "gpu", "tvm", "fpga", "tensorrt", "hf", "all", "dev"}
+    assert set(extras) == set(metadata("trivium").get_all("Provides-Extra") or ())
     assert document("cache")["entries"] >= 0
 
 
