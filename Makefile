@@ -53,7 +53,8 @@ format: setup ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Measure; results go to docs/
+bench: setup ## Measure, and run ONNX's whole operator suite; results go to docs/
+	$(BIN)/python benchmarks/conformance.py --jobs $(PARALLEL) --write
 	$(BIN)/python -m benchmarks
 
 docs: setup ## Generate docs/support.md and the other generated pages

@@ -17,8 +17,6 @@ from typing import Any
 from benchmarks.harness import Row
 
 NAMES = (
-    *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
-    "planning",
     "startup",
     "large_model",
     "onnxruntime_artifacts",
@@ -29,7 +27,7 @@ NAMES = (
     "recovery",
     "generation",
     "streaming_int4",
-    *("startup", "large_model", "onnxruntime_artifacts", "xla_cpu", "openvino_cpu", "quantize"),
+    "llm",
     "planning",
     "engines",
 )
