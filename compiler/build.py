@@ -65,7 +65,7 @@ def compile(
         backend: One of the target's backends, instead of its default.
         recipe: The passes to run between normal form and the backend.
         shape: ``NAME=1x128`` for an input, ``DIM=128`` for a symbolic dimension, ``DIM=16,64`` for
-            one that takes several sizes.
+            one that takes several sizes, ``DIM=?`` for one that stays symbolic.
         calibration: Representative inputs: an ``.npz`` file, a folder of them, or feeds.
         max_error: Largest allowed error relative to the source model's outputs.
         seed: Of the inputs that are drawn when no calibration is given.
@@ -265,6 +265,7 @@ def _manifest(
             "dims": dict(prepared.workload.dims),
             "shapes": dict(prepared.workload.shapes),
             "buckets": dict(prepared.workload.buckets),
+            "symbolic": list(prepared.workload.symbolic),
         },
         "inputs": [asdict(info) for info in prepared.inputs],
         "outputs": [asdict(info) for info in prepared.outputs],

@@ -452,7 +452,7 @@ def _shape(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=1x128",
-        help="bind an input's shape, or a symbolic dimension (DIM=128)",
+        help="bind an input's shape, or a symbolic dimension (DIM=128; DIM=? keeps it so)",
     )
 
 

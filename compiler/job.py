@@ -81,7 +81,7 @@ class Job:
         """The samples to verify on: the user's first ones, or seeded ones."""
         if self.calibration:
             return [dict(feed) for feed in self.calibration[:SAMPLES]]
-        cases = shapes.each(self.workload)
+        cases = shapes.trials(self.workload)
         count = SAMPLES if len(cases) == 1 else 1
         return [
             feed

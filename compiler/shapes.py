@@ -16,13 +16,14 @@ from trivium.compiler.types import TensorInfo, Workload
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FORM = re.compile(r"(?P<name>.+)=(?P<dims>[0-9]+(x[0-9]+)*|[0-9]+(,[0-9]+)+)")
+_FORM = re.compile(r"(?P<name>.+)=(?P<dims>[0-9]+(x[0-9]+)*|[0-9]+(,[0-9]+)+|\?)")
+_OPEN = "?"
 _MOST_DIGITS = 10
 
 
 def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
-    """Read ``ids=1x128`` (a whole input), ``seq=128`` (a symbolic dimension) and ``seq=16,64``
-    (one that takes several sizes).
+    """Read ``ids=1x128`` (a whole input), ``seq=128`` (a symbolic dimension), ``seq=16,64``
+    (one that takes several sizes) and ``batch=?`` (one that stays symbolic).
 
     Raises:
         BadInput: Not of that form, or a name that the model does not have.
@@ -30,15 +31,20 @@ def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
     shapes: dict[str, tuple[int, ...]] = {}
     dims: dict[str, int] = {}
     buckets: dict[str, tuple[int, ...]] = {}
+    symbolic: list[str] = []
     infos = {info.name: info for info in inputs}
     symbols = {d for info in infos.values() for d in info.shape if isinstance(d, str)}
     for item in items:
         match = _FORM.fullmatch(item)
         if match is None:
             raise BadInput(
-                "not of the form NAME=1x128, DIM=128 or DIM=16,64", about=f"--shape {item}"
+                "not of the form NAME=1x128, DIM=128, DIM=16,64 or DIM=?", about=f"--shape {item}"
             )
         name = match["name"]
+        if match["dims"] == _OPEN:
+            _require_symbol(item, name, symbols, infos.values())
+            symbolic.append(name)
+            continue
         # As text first: there are numbers too long for int() to read.
         digits = re.split("[x,]", match["dims"])
         if any(len(size) > _MOST_DIGITS for size in digits):
@@ -62,13 +68,41 @@ def parse(items: Iterable[str], inputs: Iterable[TensorInfo]) -> Workload:
                 remedy=_what_there_is(infos.values()),
             )
     bound = workload(dims, shapes, infos)
-    twice = next((name for name in buckets if name in bound.dims), None)
-    if twice is not None:
+    for name in (*buckets, *symbolic):
+        wishes = [str(bound.dims[name])] if name in bound.dims else []
+        wishes += ["several sizes"] if name in buckets else []
+        wishes += ["none"] if name in symbolic else []
+        if len(wishes) > 1:
+            raise BadInput(
+                f"the dimension {name!r} is bound to both {wishes[0]} and {wishes[1]}",
+                about="--shape",
+            )
+    return replace(bound, buckets=buckets, symbolic=tuple(dict.fromkeys(symbolic)))
+
+
+def _require_symbol(item: str, name: str, symbols: set[str], infos: Iterable[TensorInfo]) -> None:
+    if name not in symbols or name == _OPEN:
         raise BadInput(
-            f"the dimension {twice!r} is bound to both {bound.dims[twice]} and several sizes",
-            about="--shape",
+            f"the model has no symbolic dimension {name!r}",
+            about=f"--shape {item}",
+            remedy=_what_there_is(infos),
         )
-    return replace(bound, buckets=buckets)
+
+
+_OTHER_SIZE = 3
+"""What symbolic dimensions are in a second trial: neither a batch of one nor a power of two."""
+
+
+def trials(workload: Workload) -> list[Workload]:
+    """Return the workloads to verify a compile on: each of its buckets, and where dimensions stay
+    symbolic, another size of those."""
+    if not workload.symbolic:
+        return each(workload)
+    other = dict.fromkeys(workload.symbolic, _OTHER_SIZE)
+    return [
+        replace(case, dims={**case.dims, **extra}) for case in each(workload)
+        for extra in ({}, other)
+    ]  # fmt: skip
 
 
 def each(workload: Workload) -> list[Workload]:
@@ -152,8 +186,10 @@ def open_dims(infos: Iterable[TensorInfo]) -> list[str]:
     return [f"{i.name}[{d}]" for i in infos for d in i.shape if not isinstance(d, int)]
 
 
-def require_static(inputs: Iterable[TensorInfo], engine: str) -> None:
-    """Raise ``BadInput`` naming the open dimensions and the flag, if there are any."""
+def require_static(inputs: Iterable[TensorInfo], engine: str, otherwise: str = "") -> None:
+    """Raise ``BadInput`` naming the open dimensions and the flag, if there are any; ``otherwise``
+    is what else than fixing them would do.
+    """
     infos = list(inputs)
     still_open = open_dims(infos)
     if not still_open:
@@ -163,5 +199,5 @@ def require_static(inputs: Iterable[TensorInfo], engine: str) -> None:
     raise BadInput(
         f"{engine} needs every dimension fixed, and {', '.join(still_open)} "
         f"{'is' if len(still_open) == 1 else 'are'} symbolic",
-        remedy=f"bind them, e.g. --shape {example.name}={sizes}",
+        remedy=f"bind them, e.g. --shape {example.name}={sizes}{otherwise}",
     )

@@ -84,12 +84,15 @@ class Workload:
         shapes: Whole shapes for named inputs, where the user gave them.
         buckets: Symbolic dimensions that take one of several sizes, ascending. A backend that
             needs them fixed builds a program for each; `shapes.each` lists them.
+        symbolic: Symbolic dimensions that stay so at the user's wish, also on backends that would
+            otherwise have them fixed.
         batch, prompt_tokens, new_tokens, concurrency: For generators.
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buckets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    symbolic: tuple[str, ...] = ()
     batch: int = 1
     prompt_tokens: int | None = None
     new_tokens: int | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.xla import platforms, process, rolling, weights
-from trivium.compiler import links, shapes
+from trivium.compiler import links, samples, shapes
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
@@ -86,12 +86,18 @@ class XlaBackend:
             name: dict(case.dims)
             for name, case in zip(names or map(_case_name, each), each, strict=True)
         }
-        shapes.require_static(_without_buckets(model, request.workload), "XLA")
+        sizes = _representative(model, request, device)
+        shapes.require_static(
+            _without_buckets(model, request.workload),
+            "XLA",
+            _keeping_one(model) if device.chips == 1 and generator is None else "",
+        )
         write_model(model, request.folder, MODEL)
         job = {
             "folder": str(request.folder.resolve()),
             "model": MODEL,
             "programs": cases,
+            "symbolic": sizes,
             "target": target.name,
             "device": asdict(device),
             "memory_bytes": target.memory_bytes,
@@ -115,7 +121,7 @@ class XlaBackend:
             weights=WEIGHTS,
             memory=_memory(result, device),
             details={"xla": {**result, "device": asdict(device)}},
-            notes=_notes(result, device, precision),
+            notes=_notes(result, device, precision, sizes),
         )
 
     def load(self, artifact: Artifact) -> Executable:
@@ -159,11 +165,42 @@ def _case_name(case: Workload) -> str:
 
 
 def _without_buckets(model: ir.Model, workload: Workload) -> list[TensorInfo]:
-    """The model's inputs, its bucketed dimensions taken as fixed."""
+    """The model's inputs, its bucketed dimensions, and those that are to stay symbolic, taken as
+    fixed."""
+    settled = {*workload.buckets, *workload.symbolic}
     return [
-        replace(info, shape=tuple(0 if dim in workload.buckets else dim for dim in info.shape))
+        replace(info, shape=tuple(0 if dim in settled else dim for dim in info.shape))
         for info in models.signature(model)[0]
     ]
+
+
+def _keeping_one(model: ir.Model) -> str:
+    """What else than fixing all dimensions would do, where the model has a name for one."""
+    dims = [dim for info in models.signature(model)[0] for dim in info.shape]
+    first = next((dim for dim in dims if isinstance(dim, str) and dim != "?"), None)
+    return f", or keep {first} symbolic: --shape {first}=?" if first is not None else ""
+
+
+def _representative(
+    model: ir.Model, request: BuildRequest, device: platforms.Device
+) -> dict[str, int]:
+    """Sizes to compile at, for the compiler's account, of the dimensions that stay symbolic.
+
+    Raises:
+        BadInput: They cannot, on a slice or in a generator.
+    """
+    inputs = models.signature(model)[0]
+    defaults = samples.default_dims(inputs, request.workload)
+    used = {dim for info in inputs for dim in info.shape}
+    sizes = {dim: defaults[dim] for dim in request.workload.symbolic if dim in used}
+    why = "a slice of several devices" if device.chips > 1 else "a generator"
+    if sizes and (device.chips > 1 or request.generator is not None):
+        raise BadInput(
+            f"{why} needs every dimension fixed, and {next(iter(sizes))} is to stay symbolic",
+            about=request.target.name,
+            remedy="give it a size with --shape",
+        )
+    return sizes
 
 
 def _tensor_infos(tables: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:
@@ -236,7 +273,12 @@ def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, fl
     }
 
 
-def _notes(result: Mapping[str, Any], device: platforms.Device, precision: str) -> tuple[str, ...]:
+def _notes(
+    result: Mapping[str, Any],
+    device: platforms.Device,
+    precision: str,
+    symbolic: Mapping[str, int],
+) -> tuple[str, ...]:
     """What a reader of the manifest should know: how a slice is used, what a CPU cannot show."""
     notes = [one["partition"]["note"] for one in result["programs"].values()]
     if any(one["quantized_products"] == "float" for one in result["programs"].values()):
@@ -244,6 +286,9 @@ def _notes(result: Mapping[str, Any], device: platforms.Device, precision: str) 
             "quantized products are computed on floats: XLA has no convolution of integers for "
             "this GPU"
         )
+    sizes = ", ".join(f"{name}={size}" for name, size in symbolic.items())
+    if sizes:
+        notes.append(f"memory and main.hlo.txt are those of {sizes}, which stays symbolic")
     if precision != _PRECISIONS[0] and device.platform in _ROUNDS_TO:
         notes.append(
             f"with precision={precision} the device may round the factors of float32 products to "

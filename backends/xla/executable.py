@@ -221,6 +221,7 @@ class XlaExecutable:
 
         inputs, program = self._program_for(feeds)
         ready = conform_feeds(feeds, inputs)
+        _require_agreement(ready, inputs)
         held = {name: ready.pop(name) for name in self.caches if name in ready}
         try:
             with precise():
@@ -237,7 +238,7 @@ class XlaExecutable:
             return self._programs[0]
         feeds = conform_feeds(feeds, self.inputs)
         for inputs, program in self._programs:
-            if all(np.shape(feeds[info.name]) == info.shape for info in inputs):
+            if all(_takes(info.shape, np.shape(feeds[info.name])) for info in inputs):
                 return inputs, program
         name = self.inputs[0].name
         built = ", ".join(str(list(inputs[0].shape)) for inputs, _ in self._programs)
@@ -246,6 +247,27 @@ class XlaExecutable:
             about="run",
             remedy=f"built are the shapes {built}; pad to one, or compile with more --shape sizes",
         )
+
+
+def _takes(declared: Sequence[int | str], sizes: Sequence[int]) -> bool:
+    """Whether a program of this shape takes an array of that one."""
+    return all(isinstance(d, str) or d == size for d, size in zip(declared, sizes, strict=True))
+
+
+def _require_agreement(arrays: Tensors, inputs: Sequence[TensorInfo]) -> None:
+    """Raise ``BadInput`` where a symbolic dimension has several sizes in one call, or none."""
+    seen: dict[str, tuple[str, int]] = {}
+    for info in inputs:
+        for dim, size in zip(info.shape, arrays[info.name].shape, strict=True):
+            if isinstance(dim, int):
+                continue
+            name, before = seen.setdefault(dim, (info.name, size))
+            if before != size:
+                raise BadInput(
+                    f"{dim} is {before} in {name!r} and {size} in {info.name!r}", about="run"
+                )
+            if size == 0:
+                raise BadInput(f"{dim} is 0 in {info.name!r}", about="run", remedy="give 1 or more")
 
 
 def is_here(details: Mapping[str, Any]) -> bool:

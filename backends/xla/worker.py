@@ -8,7 +8,7 @@ measured. Job and result are JSON, everything else goes through files; nothing i
 For each program of the job it leaves in the artifact's folder
 
 - ``NAME.stablehlo``: the portable truth, a serialized ``jax.export`` for the device's platform
-  and the CPU, independent of the number of devices;
+  and the CPU, independent of the number of devices and of the sizes that are to stay symbolic;
 - ``NAME.sharded.stablehlo``: the same for as many devices as the slice has, where the model is
   annotated with how it is spread over them;
 - ``NAME.simulated.stablehlo``: the same once more for as few devices as a CPU can simulate, where
@@ -30,7 +30,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from trivium.backends.xla import hlo, partition, pipeline, platforms, riegeli, r
 from trivium.backends.xla.platforms import Device
 from trivium.compiler import shapes
 from trivium.compiler.errors import BackendFailed, TriviumError, Unsupported
+from trivium.compiler.onnx_api import one_line
 from trivium.compiler.passing import is_op, producer
 from trivium.compiler.types import TensorInfo, Workload
 
@@ -189,6 +190,7 @@ def build_program(
         "simulated": made.shown,
         "memory": memory,
         "weights_bytes": sum(tensor.nbytes for tensor in made.lowered.weights.values()),
+        "symbolic": job["symbolic"],
         "machine_code": _machine_code(made.compiled, folder / f"{name}.cubin")
         if device.platform == "cuda"
         else None,
@@ -240,8 +242,8 @@ def _attempt(
         pack=on_cpu and device.chips == 1 and not roll,
         roll=roll,
     )
-    caches = job["caches"]
-    exported = export(lowered, device, job["precision"], caches)
+    caches, sizes = job["caches"], job["symbolic"]
+    exported = export(lowered, device, job["precision"], caches, symbols=symbols_of(sizes))
     files = {f"{name}.stablehlo": bytes(exported.serialize())}
     exported_at = time.perf_counter()
 
@@ -269,7 +271,7 @@ def _attempt(
             exported_small = export(again, Device("cpu"), job["precision"], caches, small)
             files[shown["file"]] = bytes(exported_small.serialize())
     exported_again_at = time.perf_counter()
-    compiled = compile_export(exported, lowered, split, devices, caches)
+    compiled = compile_export(exported, lowered, split, devices, caches, sizes)
     done = time.perf_counter()
     return Attempt(
         lowered,
@@ -386,6 +388,7 @@ def export(
     precision: str,
     caches: Sequence[str] = (),
     split: partition.Partition | None = None,
+    symbols: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the ``jax.export.Exported`` of a lowered model, for its platform and the CPU.
 
@@ -396,6 +399,10 @@ def export(
         split: How it is spread, if it is exported for as many devices as that says.
         precision: Of float32 products: ``highest`` computes them in float32; ``default`` lets a
             TPU round the factors to bfloat16 and a GPU to TF32; ``high`` is between.
+        symbols: What stays symbolic, by the model's name of the dimension.
+
+    Raises:
+        Unsupported: An operator needs a number where there is a symbol.
     """
     import jax
     import jax.export
@@ -409,15 +416,47 @@ def export(
             spread = in_and_out(split, partition.mesh_of(split), lowered, caches)
         plain = lowered.function
         function = jax.jit(_taking_caches(plain) if caches else plain, **spread)
-        return jax.export.export(function, platforms=names)(*avals(lowered, caches))
+        try:
+            return jax.export.export(function, platforms=names)(*avals(lowered, caches, symbols))
+        except TriviumError:
+            raise
+        except Exception as error:  # jax raises many kinds for what it cannot do with symbols
+            if not symbols:
+                raise
+            raise Unsupported(
+                f"XLA cannot have it with {' and '.join(symbols)} symbolic: {one_line(error)}",
+                remedy="fix the dimension with --shape DIM=SIZE",
+            ) from error
+
+
+def symbols_of(names: Iterable[str]) -> dict[str, Any]:
+    """Return jax's symbolic dimension for each of a model's, all of one scope."""
+    import jax.export
+
+    scope = jax.export.SymbolicScope()
+    spelled = {
+        name: name if name.isidentifier() and name not in _OPERATORS else f"dim{index}"
+        for index, name in enumerate(names)
+    }
+    return {name: jax.export.symbolic_shape(word, scope=scope)[0] for name, word in spelled.items()}
+
+
+_OPERATORS = ("floordiv", "max", "min", "mod", "non_negative")
+"""Words that mean something else in jax's notation of symbolic dimensions."""
 
 
 def _taking_caches(function: Callable[[Json, Json], Json]) -> Callable[[Json, Json, Json], Json]:
     return lambda weights, inputs, held: function(weights, {**inputs, **held})
 
 
-def avals(lowered: Any, caches: Sequence[str] = ()) -> tuple[Json, ...]:
-    """Return the shapes and dtypes of a lowered model's weights, inputs and caches."""
+def avals(
+    lowered: Any, caches: Sequence[str] = (), sizes: Mapping[str, Any] | None = None
+) -> tuple[Json, ...]:
+    """Return the shapes and dtypes of a lowered model's weights, inputs and caches.
+
+    Args:
+        sizes: Of the dimensions that the model leaves open: numbers, or jax's symbols.
+    """
     import jax
 
     from trivium.compiler.samples import numpy_dtype
@@ -428,7 +467,11 @@ def avals(lowered: Any, caches: Sequence[str] = ()) -> tuple[Json, ...]:
         shape = tensor.shape.numpy()
         order = lowered.packed.get(name, range(len(shape)))
         weights[name] = aval(tuple(shape[axis] for axis in order), tensor.dtype.numpy())
-    inputs = {info.name: aval(info.shape, numpy_dtype(info.dtype)) for info in lowered.inputs}
+    known = sizes or {}
+    inputs = {
+        info.name: aval(tuple(known.get(d, d) for d in info.shape), numpy_dtype(info.dtype))
+        for info in lowered.inputs
+    }
     return weights, *_apart(inputs, caches)
 
 
@@ -445,7 +488,13 @@ def outputs_of(lowered: Any, exported: Any) -> tuple[TensorInfo, ...]:
     import jax
 
     found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    return tuple(replace(info, shape=tuple(found[info.name].shape)) for info in lowered.outputs)
+    return tuple(
+        replace(
+            info,
+            shape=tuple(d if isinstance(d, int) else str(d) for d in found[info.name].shape),
+        )
+        for info in lowered.outputs
+    )
 
 
 def compile_export(
@@ -454,10 +503,12 @@ def compile_export(
     split: partition.Partition,
     devices: Sequence[Any],
     caches: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     """Compile an export for a mesh of devices, spread as the partition says.
 
-    Caches are donated: the new ones are written where the old ones were.
+    What it leaves symbolic is compiled at the given sizes. Caches are donated: the new ones are
+    written where the old ones were.
     """
     import jax
 
@@ -471,7 +522,7 @@ def compile_export(
             compiler_options=platforms.compiler_options(devices[0].platform),
             **in_and_out(split, mesh, lowered, caches),
         )
-        return program.lower(*avals(lowered, caches)).compile()
+        return program.lower(*avals(lowered, caches, sizes)).compile()
 
 
 def in_and_out(

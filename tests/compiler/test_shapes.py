@@ -40,12 +40,28 @@ def test_without_several_sizes_there_is_one_case() -> None:
         (["ids=1,16"], "no input or symbolic dimension"),
         (["seq=16,0"], "must be at least 1"),
         (["seq=8", "seq=16,32"], "'seq' is bound to both 8 and several sizes"),
+        (["depth=?"], "no symbolic dimension 'depth'"),
+        (["seq=8", "seq=?"], "'seq' is bound to both 8 and none"),
+        (["seq=8,16", "seq=?"], "'seq' is bound to both several sizes and none"),
         (["depth=1,2"], "no input or symbolic dimension 'depth'"),
     ],
 )
 def test_what_is_wrong_is_said(items: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         shapes.parse(items, INPUTS)
+
+
+def test_a_dimension_that_stays_symbolic_is_tried_at_two_sizes() -> None:
+    workload = shapes.parse(["batch=?", "seq=16,64"], INPUTS)
+    assert workload.symbolic == ("batch",)
+    assert [case.dims for case in shapes.trials(workload)] == [
+        {"seq": 16},
+        {"seq": 16, "batch": 3},
+        {"seq": 64},
+        {"seq": 64, "batch": 3},
+    ]
+    bound = shapes.parse(["seq=16"], INPUTS)
+    assert shapes.trials(bound) == [bound]
 
 
 def test_an_output_that_is_stored_keeps_its_size() -> None:

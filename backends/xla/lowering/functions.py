@@ -161,5 +161,6 @@ def _type(value: Any) -> onnx.TypeProto:
     if isinstance(value, list):
         return onnx.helper.make_sequence_type_proto(_type(value[0]))
     return onnx.helper.make_tensor_type_proto(
-        onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
+        onnx.helper.np_dtype_to_tensor_dtype(value.dtype),
+        [size if isinstance(size, int) else None for size in value.shape],
     )

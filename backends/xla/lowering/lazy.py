@@ -19,5 +19,6 @@ class _Lazy:
 
 
 jax: Any = _Lazy("jax")
+jax_export: Any = _Lazy("jax.export")
 jnp: Any = _Lazy("jax.numpy")
 lax: Any = _Lazy("jax.lax")

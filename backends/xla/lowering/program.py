@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.backends.xla.lowering import packing, repeats
+from trivium.backends.xla.lowering import dimensions, packing, repeats
 from trivium.backends.xla.lowering.constants import weights_of
 from trivium.backends.xla.lowering.dtypes import numpy_dtype, precise
 from trivium.backends.xla.lowering.lazy import jnp
@@ -78,8 +78,9 @@ def lower(
             their weights are then taken stacked, and ``Lowered.stacks`` says how.
         pack: Whether the function takes weights in the order that XLA's CPU reads them in.
 
-    Shapes need not be bound: they are taken from the arguments when the function is traced. Known
-    inputs (numpy arrays instead of jax ones, outside jit) are folded like constants.
+    Shapes need not be bound: they are taken from the arguments when the function is traced, and may
+    be symbolic there (`dimensions`). Known inputs (numpy arrays instead of jax ones, outside jit)
+    are folded like constants.
 
     Raises (when traced):
         Unsupported: An operator without a road, or a shape that depends on data; one node of it.
@@ -101,8 +102,10 @@ def lower(
                 value: packing.unpacked(weights[name], orders.get(name))
                 for name, value in alone.items()
             }
+            symbols: dict[str, Any] = {}
             for value in arguments:
                 env[value] = _argument(value, given)
+                symbols |= dimensions.bindings(value.shape, np.shape(env[value]))
             frame = Frame(
                 env,
                 model.graph.opset_imports,
@@ -110,6 +113,7 @@ def lower(
                 mode=quantized,
                 shardings=shardings or {},
                 platform=platform,
+                symbols=symbols,
             )
             if found is None:
                 results = run_graph(model.graph, frame)
@@ -181,5 +185,9 @@ def _argument(value: ir.Value, given: Mapping[str, Any]) -> Any:
 def _result(value: Any) -> Any:
     if isinstance(value, list):
         return [_result(item) for item in value]
-    text = isinstance(value, np.ndarray) and value.dtype.kind in "OSUT"
-    return value if value is None or text else jnp.asarray(value)
+    text = (
+        isinstance(value, np.ndarray)
+        and value.dtype.kind in "OSUT"
+        and not dimensions.has_symbols(value)
+    )
+    return value if value is None or text else jnp.asarray(dimensions.traced(value))

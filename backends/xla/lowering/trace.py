@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.backends.xla.lowering import registry
+from trivium.backends.xla.lowering import dimensions, registry
 from trivium.backends.xla.lowering.dtypes import numpy_dtype
 from trivium.backends.xla.lowering.fold import fold, is_known
 from trivium.backends.xla.lowering.functions import FunctionKey, body_of
@@ -22,6 +22,7 @@ from trivium.backends.xla.lowering.lazy import jax
 from trivium.backends.xla.lowering.quantized import Mode, integer_product, straight_through
 from trivium.backends.xla.platforms import Platform
 from trivium.compiler.errors import TriviumError, Unsupported
+from trivium.compiler.onnx_api import one_line
 
 Env = dict[ir.Value, Any]
 
@@ -39,6 +40,7 @@ class Frame:
         mode: How quantized products are lowered.
         shardings: jax's sharding of the values that have to be spread in a given way.
         platform: What the program is for, where that is one platform and handlers may suit it.
+        symbols: What the model's names of dimensions stand for, where those stay symbolic.
     """
 
     env: Env
@@ -49,6 +51,7 @@ class Frame:
     mode: Mode = "integer"
     shardings: Mapping[ir.Value, Any] = field(default_factory=dict)
     platform: Platform | None = None
+    symbols: Mapping[str, Any] = field(default_factory=dict)
 
     def opset(self, domain: str) -> int:
         """The version of a domain that is in force; its first if the model forgot to say."""
@@ -120,7 +123,23 @@ class Op:
 
     def ints(self, index: int, value: Any) -> list[int]:
         """A known operand as a list of Python integers."""
-        return [int(item) for item in self.static(index, value).reshape(-1)]
+        sizes = self.sizes(index, value)
+        symbolic = next((size for size in sizes if dimensions.is_symbolic(size)), None)
+        if symbolic is not None:
+            raise self.needs_number(str(symbolic))
+        return sizes
+
+    def sizes(self, index: int, value: Any) -> list[int]:
+        """A known operand as a list of sizes, which may be symbolic."""
+        flat = self.static(index, value).reshape(-1)
+        return [item if dimensions.is_symbolic(item) else int(item) for item in flat]
+
+    def needs_number(self, names: str, cause: str = "") -> Unsupported:
+        """The error for sizes that are symbolic where the handler cannot go on with that."""
+        return self.refuse(
+            f"is not lowered with {names} symbolic{': ' if cause else ''}{cause}",
+            remedy="fix the dimension with --shape DIM=SIZE",
+        )
 
     def needs(self, index: int) -> NeedsValue:
         """The error for an operand that is not known."""
@@ -168,8 +187,10 @@ def promised_shape(value: ir.Value, frame: Frame) -> tuple[int, ...] | None:
     for _ in range(8):
         if value in frame.promised:
             return frame.promised[value]
-        if value.shape is not None and value.shape.is_static():
-            return tuple(value.shape.numpy())
+        if value.shape is not None:
+            sizes = [_size(dim, frame) for dim in value.shape]
+            if all(size is not None for size in sizes):
+                return tuple(sizes)
         readers = [node for node, index in value.uses() if index == 0]
         same = [node for node in readers if node.op_type in _KEEPS_SHAPE and node.domain == ""]
         same += [node for node, index in value.uses() if _scales(node, index, frame)]
@@ -177,6 +198,10 @@ def promised_shape(value: ir.Value, frame: Frame) -> tuple[int, ...] | None:
             return None
         value = same[0].outputs[0]
     return None
+
+
+def _size(dim: int | ir.SymbolicDim, frame: Frame) -> Any:
+    return dim if isinstance(dim, int) else frame.symbols.get(str(dim.value))
 
 
 def _scales(node: ir.Node, index: int, frame: Frame) -> bool:
@@ -219,7 +244,11 @@ def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:
     inputs = [None if value is None else frame.env[value] for value in node.inputs]
     opset = frame.opset(node.domain)
     op = Op(node, opset, frame)
-    if inputs and all(is_known(value) for value in inputs):
+    if any(dimensions.has_symbols(value) for value in inputs):
+        sizes = dimensions.fold(node, inputs, frame.attributes)
+        if sizes is not None:
+            return sizes
+    elif inputs and all(is_known(value) for value in inputs):
         folded = fold(node, inputs, opset, frame.attributes)
         if folded is not None:
             return folded
@@ -228,13 +257,32 @@ def run_node(node: ir.Node, frame: Frame) -> tuple[Any, ...]:
         if key not in frame.functions:
             entry = registry.find(node.domain, node.op_type, opset)
             if entry is not None:
-                return _lower(op, entry, inputs)
+                return _lower(op, entry, _readable(node, entry, inputs))
         return _run_function(op, inputs)
-    except (TriviumError, NotImplementedError):
+    except TriviumError:
         raise
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        error.add_note(f"while lowering {op.label} ({node.op_type})")
+    except Exception as error:  # jax raises many kinds for what it cannot do with a symbolic size
+        symbols = dimensions.named(inputs)
+        if symbols:
+            raise op.needs_number(symbols, one_line(error)) from error
+        if isinstance(error, (TypeError, ValueError, IndexError, KeyError, AttributeError)):
+            error.add_note(f"while lowering {op.label} ({node.op_type})")
         raise
+
+
+def _readable(node: ir.Node, entry: registry.Entry, inputs: Sequence[Any]) -> list[Any]:
+    """Inputs as the handler reads them: symbolic sizes are values except where it takes sizes."""
+    return [
+        value
+        if slot in entry.constants or not dimensions.has_symbols(value)
+        else dimensions.traced(value, _declared(node.inputs[slot]))
+        for slot, value in enumerate(inputs)
+    ]
+
+
+def _declared(value: ir.Value | None) -> Any:
+    """The dtype that the model gives an integer tensor of sizes."""
+    return np.int64 if value is None or value.dtype is None else value.dtype.numpy()
 
 
 def _lower(op: Op, entry: registry.Entry, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -122,8 +123,7 @@ def arg_min(op: Op, x: Any) -> Any:
 def _from_axis(x: Any, axis: int, function: Callable[[Any, int], Any]) -> Any:
     """What Softmax and its kin were before opset 13: one axis made of all from ``axis`` on."""
     axis = axis % x.ndim if x.ndim else 0
-    rows = int(np.prod(x.shape[:axis], dtype=np.int64))
-    return function(jnp.reshape(x, (rows, -1)), -1).reshape(x.shape)
+    return function(jnp.reshape(x, (prod(x.shape[:axis]), -1)), -1).reshape(x.shape)
 
 
 def _hardmax(x: Any, axis: int) -> Any:

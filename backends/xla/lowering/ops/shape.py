@@ -6,12 +6,14 @@ model promises for its output stands in (`Op.shape`).
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from trivium.backends.xla.lowering.dimensions import as_tensor, has_symbols, is_symbolic, traced
 from trivium.backends.xla.lowering.dtypes import numpy_dtype
-from trivium.backends.xla.lowering.lazy import jnp, lax
+from trivium.backends.xla.lowering.lazy import jax, jnp, lax
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
 
@@ -30,13 +32,12 @@ def constant(op: Op) -> Any:
 
 @handles("Shape")
 def shape(op: Op, x: Any) -> Any:
-    sizes = np.asarray(x.shape, np.int64)
-    return sizes[slice(op.attr("start", 0), op.attr("end"))]
+    return as_tensor(x.shape[slice(op.attr("start", 0), op.attr("end"))])
 
 
 @handles("Size")
 def size(op: Op, x: Any) -> Any:
-    return np.asarray(x.size, np.int64)
+    return as_tensor(x.size)
 
 
 @handles("Reshape")
@@ -51,7 +52,7 @@ def reshape(op: Op, x: Any, target: Any) -> Any:
         if promised is None:
             raise op.needs(1)
         return jnp.reshape(x, promised)
-    return jnp.reshape(x, _target(x, op.ints(1, target), bool(op.attr("allowzero", 0))))
+    return jnp.reshape(x, _target(x, op.sizes(1, target), bool(op.attr("allowzero", 0))))
 
 
 def _target(x: Any, sizes: list[int], keep_zero: bool) -> list[int]:
@@ -64,9 +65,7 @@ def _target(x: Any, sizes: list[int], keep_zero: bool) -> list[int]:
 def flatten(op: Op, x: Any) -> Any:
     axis = op.attr("axis", 1)
     axis = axis + x.ndim if axis < 0 else axis
-    rows = int(np.prod(x.shape[:axis], dtype=np.int64))
-    columns = int(np.prod(x.shape[axis:], dtype=np.int64))
-    return jnp.reshape(x, (rows, columns))
+    return jnp.reshape(x, (prod(x.shape[:axis]), prod(x.shape[axis:])))
 
 
 @handles("Transpose")
@@ -104,7 +103,7 @@ def expand(op: Op, x: Any, target: Any) -> Any:
         if promised is None:
             raise op.needs(1)
         return jnp.broadcast_to(x, promised)
-    return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, tuple(op.ints(1, target))))
+    return jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, tuple(op.sizes(1, target))))
 
 
 @handles("Concat")
@@ -115,7 +114,7 @@ def concat(op: Op, *values: Any) -> Any:
 @handles("Tile", since=6, constants=(1,))
 def tile(op: Op, x: Any, repeats: Any) -> Any:
     if op.known(repeats):
-        return jnp.tile(x, op.ints(1, repeats))
+        return jnp.tile(x, op.sizes(1, repeats))
     promised = op.shape()
     if promised is None:
         raise op.needs(1)
@@ -155,7 +154,7 @@ def slice_by_inputs(
 ) -> Any:
     if not all(op.known(value) for value in (starts, ends, axes, steps)):
         return _slice_at_run_time(op, x, starts, axes, steps)
-    first, last = op.ints(1, starts), op.ints(2, ends)
+    first, last = op.sizes(1, starts), op.sizes(2, ends)
     along = list(range(len(first))) if axes is None else op.ints(3, axes)
     by = [1] * len(first) if steps is None else op.ints(4, steps)
     return _slice(x, first, last, along, by)
@@ -167,11 +166,19 @@ def _slice(x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
         size = x.shape[axis]
         # A negative end below the array means "through the first", which Python writes None.
         low = None if step < 0 and end < -size else end
+        if step > 0 and is_symbolic(size) and not is_symbolic(end) and end >= _FAR:
+            low = None
         where[axis] = slice(start, low, step)
+    if any(is_symbolic(size) for size in x.shape):
+        return jnp.asarray(x)[tuple(where)]
     if all(part.step in (None, 1) for part in where):
         bounds = [part.indices(size) for part, size in zip(where, x.shape, strict=True)]
         return lax.slice(jnp.asarray(x), [b[0] for b in bounds], [max(b[0], b[1]) for b in bounds])
     return x[tuple(where)]
+
+
+_FAR = 2**31 - 1
+"""An end from which a slice goes through the last element of any axis."""
 
 
 def _slice_at_run_time(op: Op, x: Any, starts: Any, axes: Any, steps: Any) -> Any:
@@ -197,11 +204,11 @@ def _slice_at_run_time(op: Op, x: Any, starts: Any, axes: Any, steps: Any) -> An
 def constant_of_shape(op: Op, target: Any) -> Any:
     value = op.attr("value")
     fill = np.zeros((), np.float32) if value is None else value.numpy().reshape(())
-    sizes: Any = op.ints(0, target) if op.known(target) else op.shape()
+    sizes: Any = op.sizes(0, target) if op.known(target) else op.shape()
     if sizes is None:
         raise op.needs(0)
     filled = jnp.full(sizes, fill)
-    if filled.size < _BARRIER:
+    if is_symbolic(filled.size) or filled.size < _BARRIER:
         return filled
     # As the kernel of a convolution, a broadcast constant makes XLA's CPU compiler (jax 0.10.2)
     # now and then emit a program that computes NaN; behind a barrier it is a buffer like others.
@@ -215,16 +222,24 @@ _BARRIER = 1024
 @handles("Range", since=11, constants=(0, 1, 2))
 def range_(op: Op, start: Any, limit: Any, delta: Any) -> Any:
     if all(op.known(value) for value in (start, limit, delta)):
-        first, last, step = (np.asarray(v).reshape(()) for v in (start, limit, delta))
-        count = max(int(np.ceil((last - first) / step)), 0)
+        count = _count(op, start, limit, delta)
     else:
         promised = op.shape()
         if promised is None:
             raise op.needs(1)
         (count,) = promised
-    dtype = start.dtype
-    start, delta = jnp.reshape(start, ()), jnp.reshape(delta, ())
+    dtype = op.dtype() or start.dtype
+    start, delta = (jnp.reshape(traced(value), ()) for value in (start, delta))
     return (start + jnp.arange(count).astype(dtype) * delta).astype(dtype)
+
+
+def _count(op: Op, start: Any, limit: Any, delta: Any) -> Any:
+    """How many elements a range has."""
+    if any(has_symbols(value) for value in (start, limit)):
+        (low,), (high,), (by,) = op.sizes(0, start), op.sizes(1, limit), op.ints(2, delta)
+        return jax.core.max_dim(-((low - high) // by), 0)
+    first, last, step = (np.asarray(v).reshape(()) for v in (start, limit, delta))
+    return max(int(np.ceil((last - first) / step)), 0)
 
 
 @handles("EyeLike", since=9)
