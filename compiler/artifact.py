@@ -2,13 +2,12 @@
 
 An artifact is written under a temporary name beside its final place and moved there whole, so a
 half-written one is never seen. It is read without pickle, and only after every file's SHA-256
-agrees with the manifest.
+agrees with the manifest (`checksums` says when a large file need not be read for that).
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler import files, plugins
+from trivium.compiler import checksums, files, plugins
 from trivium.compiler import manifest as manifests
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generator import Generator
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,16 @@ class Artifact:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, checked: bool = True) -> Artifact:
+    def open(
+        cls, path: str | os.PathLike[str], *, checked: bool = True, afresh: bool = False
+    ) -> Artifact:
         """Open an artifact.
 
         Args:
             path: The folder.
             checked: Whether to compare every file with its checksum first.
+            afresh: Whether to read also the large files that have not changed since they were
+                last found right.
 
         Raises:
             BadInput: Not an artifact, written by a newer Trivium, or damaged.
@@ -78,7 +80,7 @@ class Artifact:
                 remedy=again,
             )
         if checked:
-            _check_files(path, document["files"])
+            _check_files(path, document["files"], afresh)
         return cls(path, document)
 
     @property
@@ -151,14 +153,14 @@ def _tensor_info(table: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(table["name"], table["dtype"], tuple(table["shape"]))
 
 
-def _check_files(path: Path, checksums: Mapping[str, str]) -> None:
-    for name, expected in checksums.items():
+def _check_files(path: Path, expected: Mapping[str, str], afresh: bool) -> None:
+    for name, checksum in expected.items():
         file = files.inside(path, name)
         missing = f"the file {name} is missing"
         if file is None:
             raise BadInput(missing, about=str(path), remedy="compile it again")
         files.require_file(file, absent=missing, remedy="compile it again")
-        if file_hash(file) != expected:
+        if not checksums.matches(file, checksum, afresh=afresh):
             raise BadInput(
                 f"the file {name} does not match its checksum",
                 about=str(path),
@@ -166,19 +168,10 @@ def _check_files(path: Path, checksums: Mapping[str, str]) -> None:
             )
 
 
-def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder except the manifest, by relative path."""
     return {
-        file.relative_to(folder).as_posix(): file_hash(file)
+        file.relative_to(folder).as_posix(): checksums.file_hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / MANIFEST
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trivium
-from trivium.compiler import cache, parts, reference, samples, verify
+from trivium.compiler import cache, checksums, parts, reference, samples, verify
 from trivium.compiler import model as models
 from trivium.compiler import recipe as recipes
 from trivium.compiler.artifact import Artifact, staged, write_manifest
@@ -103,6 +103,7 @@ def compile(
     with staged(place) as folder:
         _compile_into(folder, job, progress)
     artifact = Artifact.open(place, checked=False)
+    checksums.note(place, artifact.manifest["files"])
     if use_cache:
         cache.store(job.key, artifact)
     return artifact

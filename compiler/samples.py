@@ -167,11 +167,14 @@ def _castable(array: Any, wanted: Any) -> bool:
 
 def numpy_dtype(name: str) -> Any:
     """The numpy dtype of an ONNX dtype name (bfloat16, float8 and int4 through ml_dtypes)."""
-    import ml_dtypes
     import numpy as np
 
     if name == "string":
         return np.dtype(object)
+    if hasattr(np, name):
+        return np.dtype(getattr(np, name))
+    import ml_dtypes
+
     return np.dtype(getattr(ml_dtypes, name, name))
 
 

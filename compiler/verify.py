@@ -295,10 +295,11 @@ def outputs_of(
 ) -> list[Mapping[str, Any]]:
     """Run an artifact on samples; a generator as it generates: by prefill, then token by token."""
     from trivium.compiler.generation import compiling as generating
+    from trivium.compiler.generation.executable import is_driven
 
     generator = artifact.generator
     drive = getattr(executable, "generator", None)  # one that has none drives it by itself
-    if generator is None or drive is None or not generating.is_driven(generator, artifact.inputs):
+    if generator is None or drive is None or not is_driven(generator, artifact.inputs):
         return [executable.run(feed) for feed in feeds]
     decoder = drive()
     return [generating.driven_logits(decoder, generating.rows_of(generator, f)) for f in feeds]

@@ -6,14 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.onnxruntime import genai, generating
-from trivium.backends.onnxruntime.shared_cache import share_caches
-from trivium.compiler import model as models
+from trivium.backends.onnxruntime import generating
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed
-from trivium.compiler.generation.compiling import is_driven
-from trivium.compiler.generation.executable import GeneratorExecutable
+from trivium.compiler.generation.executable import GeneratorExecutable, is_driven
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
@@ -65,6 +62,11 @@ class OnnxRuntimeBackend:
         return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
+        # Imported here: what loads an artifact needs no onnx.
+        from trivium.backends.onnxruntime import genai
+        from trivium.backends.onnxruntime.shared_cache import share_caches
+        from trivium.compiler import model as models
+
         inputs, outputs = models.signature(model)
         generator = request.generator
         if generator is not None:

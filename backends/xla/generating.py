@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Executable
 from trivium.compiler.errors import BackendFailed
-from trivium.compiler.generation.compiling import is_driven
-from trivium.compiler.generation.executable import GeneratorExecutable
+from trivium.compiler.generation.executable import GeneratorExecutable, is_driven
 from trivium.compiler.generation.slots import SlotDecoder
 from trivium.compiler.generator import Generator
 from trivium.compiler.onnx_api import one_line

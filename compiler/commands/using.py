@@ -183,7 +183,7 @@ def _signature(infos: list[dict[str, Any]]) -> str:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare an artifact with its reference again; the exit code is the answer."""
-    artifact = Artifact.open(arguments.artifact)
+    artifact = Artifact.open(arguments.artifact, afresh=True)
     result = verification.verify(artifact, max_error=arguments.max_error)
     if arguments.json:
         console.print_json({"artifact": str(artifact.path), "verification": result.to_json()})

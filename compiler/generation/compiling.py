@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from trivium.compiler.errors import BadInput
 from trivium.compiler.generation.recognize import recognize
 from trivium.compiler.generator import STEP_TOKENS, Decoder, Generator, Role
 from trivium.compiler.recipe import Applied, Context, Recipe, Step
-from trivium.compiler.types import TensorInfo, Workload
+from trivium.compiler.types import Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -200,13 +200,6 @@ def carry_files(source: Path, folder: Path) -> None:
     template = _template(source)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-
-
-def is_driven(generator: Generator | None, inputs: Iterable[TensorInfo]) -> bool:
-    """Whether an artifact was given caches that its source has not: it is then run by its decoder,
-    on the source's inputs."""
-    names = {info.name for info in inputs}
-    return generator is not None and not any(cache.past in names for cache in generator.caches)
 
 
 def rows_of(generator: Generator, feed: Mapping[str, Any]) -> list[list[int]]:

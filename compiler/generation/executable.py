@@ -4,10 +4,10 @@ gives; `generator` hands out the decoder that a generation loop drives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler.generator import Decoder
+from trivium.compiler.generator import Decoder, Generator
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import TensorInfo
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from trivium.compiler.backend import Tensors
+
+
+def is_driven(generator: Generator | None, inputs: Iterable[TensorInfo]) -> bool:
+    """Whether an artifact was given caches that its source has not: it is then run by its decoder,
+    on the source's inputs."""
+    names = {info.name for info in inputs}
+    return generator is not None and not any(cache.past in names for cache in generator.caches)
 
 
 class GeneratorExecutable:

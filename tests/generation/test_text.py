@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,14 @@ def test_bench_times_prefill_and_decode(
     assert document["tokens"] == 512
     assert document["decode_tokens_per_s"] == pytest.approx(1 / document["latency_s"])
     assert document["prefill_tokens_per_s"] > document["decode_tokens_per_s"]
+
+
+def test_generating_imports_no_compiler(shakespeare: Artifact) -> None:
+    """The first token waits for every module that is imported."""
+    code = (
+        "import sys, trivium\n"
+        f"print(next(iter(trivium.generate({str(shakespeare.path)!r}, 'ROMEO:'))).tokens)\n"
+        "heavy = ('onnx', 'onnx_ir', 'ml_dtypes', 'sympy', 'jax', 'jinja2')\n"
+        "assert not [name for name in heavy if name in sys.modules]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

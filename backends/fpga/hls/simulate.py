@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.compiler.artifact import file_hash
+from trivium.compiler.checksums import file_hash
 from trivium.compiler.errors import BackendFailed, ToolchainMissing
 
 if TYPE_CHECKING:
