@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     import numpy as np
 
-Form = Literal["growing", "static", "shared"]
+Form = Literal["growing", "static", "shared", "stateful"]
 """How caches are kept: ``growing`` by concatenation; ``static``, buffers that are given and come
-back, written from one place on; ``shared``, buffers that the engine writes in place."""
+back, written from one place on; ``shared``, buffers that the engine writes in place; ``stateful``,
+growing inside of the engine, as variables that are called like the inputs they stand for."""
 
 STEP_TOKENS = 512
 """Tokens of the text that a step is predicted and timed for, where the context is as long."""
@@ -106,6 +107,11 @@ class Generator:
     def bytes_per_token(self) -> int:
         """What the caches of one token of one row take."""
         return sum(cache.bytes_per_token for cache in self.caches)
+
+    @property
+    def grows(self) -> bool:
+        """Whether caches take memory as tokens come, and not all of it from the begin."""
+        return self.form in ("growing", "stateful")
 
     @property
     def checks_guesses(self) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, get_args
+
+from trivium.compiler.generator import Form
 
 Problem = str | None
 """What is wrong, as a clause, or None."""
@@ -115,7 +117,7 @@ def _generator(value: Any) -> bool:
 
 
 _GENERATOR = _holding(
-    form=lambda value: value in ("growing", "static", "shared"),
+    form=lambda value: value in get_args(Form),
     kept=lambda value: value in ("all", "last"),
     vocabulary=_count,
     context=_count,

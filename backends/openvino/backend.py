@@ -1,14 +1,19 @@
-"""The OpenVINO backend: an ``.onnx`` file that OpenVINO compiles for this CPU when it is loaded."""
+"""The OpenVINO backend: a model that OpenVINO compiles for this CPU when it is loaded.
+
+It stays an ``.onnx`` file; a generator becomes OpenVINO's own format, which has variables for its
+caches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BackendFailed, ToolchainMissing, Unsupported
+from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing, Unsupported
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -17,14 +22,23 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.cost import Profile
+    from trivium.compiler.generator import Generator
 
-FILE = "model.onnx"
+FILE, OWN_FILE, OWN_WEIGHTS = "model.onnx", "model.xml", "model.bin"
+
+KV_CACHE = "kv_cache"
+KV_PRECISIONS = ("f32", "f16", "bf16", "u8")
+"""What keys and values may be held in: float32 like the arithmetic, or what saves memory."""
 
 
 class OpenVinoBackend:
-    """OpenVINO's CPU plugin."""
+    """OpenVINO's CPU plugin.
+
+    Its option ``kv_cache`` is what a generator's caches are held in.
+    """
 
     name = "openvino"
+    cache_form = "growing"
 
     def available(self) -> str | None:
         from importlib.util import find_spec
@@ -67,8 +81,10 @@ class OpenVinoBackend:
         return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
+        held = _kv_precision(request, precision := precision_of(model))
+        if request.generator is not None:
+            return _build_generator(model, request, request.generator, precision, held)
         files = models.save(model, request.folder / FILE)
-        precision = precision_of(model)
         from trivium.backends.openvino import engine
 
         try:
@@ -90,7 +106,61 @@ class OpenVinoBackend:
         unavailable = self.available()
         if unavailable is not None:
             raise ToolchainMissing(unavailable, about="backend openvino")
+        if artifact.generator is not None:
+            from trivium.backends.openvino import generating
+
+            return generating.load(artifact, artifact.generator)
         return OpenVinoExecutable(artifact)
+
+
+def _kv_precision(request: BuildRequest, precision: str) -> str:
+    unknown = next((name for name in request.options if name != KV_CACHE), None)
+    if unknown is not None:
+        raise BadInput(
+            f"the OpenVINO backend has no option {unknown!r}",
+            about="--option",
+            remedy=f"it has {KV_CACHE}",
+        )
+    held = request.options.get(KV_CACHE, precision)
+    if held not in KV_PRECISIONS:
+        raise BadInput(f"{held!r} is no precision", about=KV_CACHE, remedy=", ".join(KV_PRECISIONS))
+    return held
+
+
+def _build_generator(
+    model: ir.Model, request: BuildRequest, generator: Generator, precision: str, held: str
+) -> Built:
+    import openvino
+
+    from trivium.backends.openvino import engine, generating, stateful
+
+    path = request.folder / OWN_FILE
+    try:
+        made = stateful.convert(model, generator)
+        openvino.save_model(made, str(path), compress_to_fp16=False)
+        engine.compile_file(str(path), precision, held)
+    except Exception as error:  # as in build
+        raise Unsupported(
+            f"OpenVINO takes each node, but not the whole: {engine.reason(error)}",
+            about=request.target.name,
+            remedy="try --backend onnxruntime",
+        ) from error
+    inputs, outputs = models.signature(model)
+    beams = any(stateful.BEAMS in port.get_names() for port in made.inputs)
+    program = Program(
+        "main",
+        OWN_FILE,
+        generating.program_inputs(inputs, generator, beams),
+        tuple(info for info in outputs if info.name == generator.logits),
+    )
+    notes = () if beams else ("its attention has no form that OpenVINO fuses with the caches",)
+    return Built(
+        programs=(program,),
+        weights=OWN_WEIGHTS,
+        details={"precision": precision, "kv_cache_precision": held},
+        notes=notes,
+        generator=replace(generator, form="stateful"),
+    )
 
 
 def precision_of(model: ir.Model) -> str:

@@ -45,12 +45,14 @@ def reason(error: BaseException) -> str:
     return f"not {checks[-1]}" if checks else (lines[-1] if lines else type(error).__name__)
 
 
-def compile_file(path: str, precision: str) -> Any:
+def compile_file(path: str, precision: str, kv_cache: str | None = None) -> Any:
     """Read a model from a file and compile it for this CPU.
 
-    The precision is named, because OpenVINO otherwise computes float32 graphs in bfloat16 on a CPU
-    that has it.
+    The precisions are named, because OpenVINO otherwise computes float32 graphs in bfloat16 where a
+    CPU has it, and holds keys and values in 8 bits.
     """
     model = core().read_model(path)
     properties = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if kv_cache is not None:
+        properties["KV_CACHE_PRECISION"] = kv_cache
     return core().compile_model(model, DEVICE, properties)

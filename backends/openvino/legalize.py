@@ -24,11 +24,13 @@ _answers: dict[bytes, str | None] = {}
 
 def passes() -> Sequence[ir.passes.PassBase]:
     """The passes of the backend, in order."""
+    from trivium.backends.openvino.whole_blocks import FillLastBlock
     from trivium.passes.fold_constants import FoldConstants
     from trivium.passes.infer_shapes import InferShapes
     from trivium.passes.remove_dead_code import RemoveDeadCode
 
-    return (OpenUnsupported(), FoldConstants(), InferShapes(), RemoveDeadCode())
+    cleanup = (FoldConstants(), InferShapes(), RemoveDeadCode())
+    return (FillLastBlock(), OpenUnsupported(), *cleanup)
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,7 @@ class Engine:
     def _fits(self, request: Request) -> bool:
         """Whether there is memory for one more text, as long as those at work may still become."""
         free = free_memory()
-        growing = self.decoder.generator.form == "growing"
-        if free is None or not self._active or not growing:
+        if free is None or not self._active or not self.decoder.generator.grows:
             return True
         to_come = sum(self._need(one) - len(one.tokens) for one in self._active)
         tokens = to_come + self._need(request)

@@ -61,7 +61,7 @@ class PrefixCache:
 
     def _bytes(self, tokens: tuple[int, ...]) -> int:
         generator = self._decoder.generator
-        if generator.form == "growing":
+        if generator.grows:
             return len(tokens) * generator.bytes_per_token
         return (generator.rows or 1) * generator.context * generator.bytes_per_token
 

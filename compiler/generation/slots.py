@@ -231,7 +231,7 @@ class SlotDecoder(ABC):
         if list(lengths) == cache.lengths:
             return
         cut = {have - length for have, length in zip(cache.lengths, lengths, strict=True)}
-        if len(cut) == 1 and self.generator.form != "growing":
+        if len(cut) == 1 and not self.generator.grows:
             # What is beyond the filled slots is written over.
             cache.lengths = list(lengths)
             return
