@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def measure(shape: str, name: str, batch: int, new: int) -> dict[str, Any]:
         lowered = lower(made, shardings=worker.constraints(layout, split))
     spread = split if layout is not None else None
     exported = worker.export(lowered, device, "default", caches, spread)
-    compiled = worker.compile_export(exported, lowered, split, devices, caches)
+    compiling = partial(worker.compile_export, exported, lowered, split, devices, caches)
+    compiled = compiling()
     cached = sum(_bytes(v, split) for v in made.graph.inputs if v.name in caches)
     return {
         "mesh": layout.name if layout is not None else "one device",
@@ -103,7 +105,7 @@ def measure(shape: str, name: str, batch: int, new: int) -> dict[str, Any]:
         "memory": worker.memory_of(compiled),
         "weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items()),
         "caches": cached,
-        "collectives": hlo.collectives(compiled.as_text()),
+        "collectives": hlo.collectives(worker.text_of(compiled, compiling)),
         "seconds": time.perf_counter() - started,
         "predicted": estimate.seconds,
         "links": sum(op.seconds for op in estimate.by_op if op.bound == "link"),

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ def measure(topology: str, mesh: str, layers: int, batch: int, seq: int) -> dict
         split = spread = partition.annotated(layout, made.graph, lowered.places)
         lowered = lower(made, shardings=worker.constraints(layout, split))
     exported = worker.export(lowered, device, "default", split=spread)
-    compiled = worker.compile_export(exported, lowered, split, devices)
-    text = compiled.as_text()
+    compiling = partial(worker.compile_export, exported, lowered, split, devices)
+    compiled = compiling()
+    text = worker.text_of(compiled, compiling)
     return {
         "memory": worker.memory_of(compiled),
         "weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,9 @@ def _stage(
         simulated = worker.simulated(name, split, small, lowered)
         if small != split:
             exported(small, Device("cpu"), "simulated")
-    compiled = worker.compile_export(made, lowered, split, devices, caches)
-    text = compiled.as_text()
+    compiling = partial(worker.compile_export, made, lowered, split, devices, caches)
+    compiled = compiling()
+    text = worker.text_of(compiled, compiling)
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
     return {
         "name": name,

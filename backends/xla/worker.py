@@ -29,6 +29,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -178,7 +179,7 @@ def build_program(
     made, rolled = rolling.choose(partial(_attempt, name, model, mode, job, device, devices), job)
     for file, content in made.files.items():
         (folder / file).write_bytes(content)
-    text = made.compiled.as_text()
+    text = made.text()
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
     memory = memory_of(made.compiled)
     _require_fit(memory, _capacity(job, len(devices)), job["target"])
@@ -208,6 +209,7 @@ class Attempt:
     Attributes:
         files: Its exports, by name.
         shown: What `simulation` runs of it.
+        text: Returns the optimized HLO.
     """
 
     lowered: Any
@@ -216,6 +218,7 @@ class Attempt:
     shown: Json | None
     files: Mapping[str, bytes]
     compiled: Any
+    text: Callable[[], str]
     trace_seconds: float
     compile_seconds: float
 
@@ -271,7 +274,8 @@ def _attempt(
             exported_small = export(again, Device("cpu"), job["precision"], caches, small)
             files[shown["file"]] = bytes(exported_small.serialize())
     exported_again_at = time.perf_counter()
-    compiled = compile_export(exported, lowered, split, devices, caches, sizes)
+    compiling = partial(compile_export, exported, lowered, split, devices, caches, sizes)
+    compiled = compiling()
     done = time.perf_counter()
     return Attempt(
         lowered,
@@ -280,6 +284,7 @@ def _attempt(
         shown,
         files,
         compiled,
+        partial(text_of, compiled, compiling),
         exported_at - started,
         done - exported_again_at,
     )
@@ -441,6 +446,8 @@ def symbols_of(names: Iterable[str]) -> dict[str, Any]:
     return {name: jax.export.symbolic_shape(word, scope=scope)[0] for name, word in spelled.items()}
 
 
+_OPTIMIZED = ".after_optimizations.txt"
+"""How the names end of what the compiler dumps of its optimized modules."""
 _OPERATORS = ("floordiv", "max", "min", "mod", "non_negative")
 """Words that mean something else in jax's notation of symbolic dimensions."""
 
@@ -504,25 +511,51 @@ def compile_export(
     devices: Sequence[Any],
     caches: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
+    dump: Path | None = None,
 ) -> Any:
     """Compile an export for a mesh of devices, spread as the partition says.
 
     What it leaves symbolic is compiled at the given sizes. Caches are donated: the new ones are
-    written where the old ones were.
+    written where the old ones were. Into ``dump`` the compiler writes its modules as text.
     """
     import jax
 
     from trivium.backends.xla.lowering import precise
 
     mesh = partition.mesh_of(split, devices)
+    options = dict(platforms.compiler_options(devices[0].platform) or {})
+    if dump is not None:
+        options |= {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
     with precise():
         program = jax.jit(
             exported.call,
             donate_argnums=(2,) if caches else (),
-            compiler_options=platforms.compiler_options(devices[0].platform),
+            compiler_options=options,
             **in_and_out(split, mesh, lowered, caches),
         )
         return program.lower(*avals(lowered, caches, sizes)).compile()
+
+
+def text_of(compiled: Any, again: Callable[..., Any]) -> str:
+    """Return the optimized HLO of a compiled program.
+
+    Where jaxlib cannot read what the compiler gives it (libtpu's asynchronous updates of several
+    operands), the program is compiled a second time and the compiler writes the text itself.
+
+    Args:
+        again: Compiles the same program with a folder for `compile_export`'s ``dump``.
+    """
+    import jax
+
+    try:
+        return str(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        with tempfile.TemporaryDirectory() as name:
+            again(dump=Path(name))
+            written = sorted(Path(name).glob(f"*{_OPTIMIZED}"))
+            if not written:
+                raise
+            return "\n\n".join(file.read_text(encoding="utf-8") for file in written)
 
 
 def in_and_out(
