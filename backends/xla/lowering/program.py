@@ -105,7 +105,7 @@ def lower(
             symbols: dict[str, Any] = {}
             for value in arguments:
                 env[value] = _argument(value, given)
-                symbols |= dimensions.bindings(value.shape, np.shape(env[value]))
+                symbols |= dimensions.bindings(value.shape, getattr(env[value], "shape", ()))
             frame = Frame(
                 env,
                 model.graph.opset_imports,
