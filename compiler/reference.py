@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial",
      "Bernoulli"}
 )  # fmt: skip
+
+LARGE_BYTES = 256 << 20
+"""Weights of more than this are never in memory together for a reference run."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,56 @@ def run_file(path: Path, feeds: Sequence[Mapping[str, Any]]) -> Reference:
 
 
 def run_model(model: ir.Model, feeds: Sequence[Mapping[str, Any]]) -> Reference:
-    """Run a model that is in memory; its weights go through a temporary file."""
+    """Run a model that is in memory; its weights go through a temporary file.
+
+    One that `is_large` runs piece by piece: the memory then holds a piece, and never the model.
+    """
+    from trivium.compiler import pieces
     from trivium.compiler.model import save
 
+    if is_large(model):
+        run = partial(_run_onnxruntime, frugal=True)
+        try:
+            outputs, count = pieces.run(model, feeds, lambda path, some: run(path, some).outputs)
+        except Exception as error:  # as above
+            raise BackendFailed(f"no reference run is possible: {one_line(error)}") from error
+        bound = f"{count} pieces of up to {pieces.MOST_BYTES >> 20} MiB of weights"
+        return Reference(tuple(outputs), f"onnxruntime {_version()}, in {bound}")
     with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
         return run_file(path, feeds)
 
 
-def _run_onnxruntime(path: Path, feeds: Sequence[Mapping[str, Any]]) -> Reference:
+def is_large(model: ir.Model) -> bool:
+    """Whether a model's weights are too many to be in memory together, and it can be cut."""
+    from trivium.compiler import pieces
+
+    return pieces.can_be_cut(model) and pieces.weights_bytes(model) > LARGE_BYTES
+
+
+def _run_onnxruntime(
+    path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False
+) -> Reference:
+    """Run a file; with as little memory as it can be done in rather than time, if ``frugal``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    if frugal:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     outputs = tuple(dict(zip(names, session.run(names, dict(f)), strict=True)) for f in feeds)
-    return Reference(outputs, f"onnxruntime {ort.__version__}")
+    return Reference(outputs, f"onnxruntime {_version()}")
+
+
+def _version() -> str:
+    import onnxruntime as ort
+
+    return str(ort.__version__)
 
 
 def _run_evaluator(path: Path, feeds: Sequence[Mapping[str, Any]]) -> Reference:
