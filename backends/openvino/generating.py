@@ -10,8 +10,7 @@ from trivium.backends.openvino.stateful import BEAMS
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import Executable, Tensors
 from trivium.compiler.errors import BackendFailed
-from trivium.compiler.generation.compiling import is_driven
-from trivium.compiler.generation.executable import GeneratorExecutable
+from trivium.compiler.generation.executable import GeneratorExecutable, is_driven
 from trivium.compiler.generation.slots import SlotDecoder
 from trivium.compiler.generator import Generator
 from trivium.compiler.samples import conform_feeds, numpy_dtype
