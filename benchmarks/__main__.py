@@ -53,10 +53,12 @@ def main(arguments: list[str]) -> int:
     missed = False
     for name in names:
         module = importlib.import_module(f"benchmarks.{name}")
-        rows: list[Row] = module.rows()
-        for row in rows:
+        rows: list[Row] = []
+        for row in module.rows():
+            rows.append(row)
             verdict = {True: "met", False: "MISSED", None: ""}[row.met]
-            print(f"{name}: {row.what}: {row.ours} | {row.peer} | {row.ratio} | {verdict}")
+            shown = f"{name}: {row.what}: {row.ours} | {row.peer} | {row.ratio} | {verdict}"
+            print(shown, flush=True)
         missed |= any(row.met is False for row in rows)
         results[name] = {
             "title": module.TITLE,

@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ LLAMA = {
 }
 
 
-def rows() -> list[Row]:
+def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found: list[tuple[str, Path | None, Sequence[str]]] = [
@@ -48,7 +48,9 @@ def rows() -> list[Row]:
             ("Shakespeare, 1x256", shared("llm-shakespeare"), ("batch=1", "seq=256")),
             ("Llama 8B, 1x512", llama(folder / "llama"), ("batch=1", "seq=512")),
         ]
-        return [_row(what, path, shape) for what, path, shape in found if path is not None]
+        for what, path, shape in found:
+            if path is not None:
+                yield _row(what, path, shape)
 
 
 def _row(what: str, path: Path, shape: Sequence[str]) -> Row:
@@ -71,19 +73,23 @@ def _row(what: str, path: Path, shape: Sequence[str]) -> Row:
     )
 
 
-def llama(folder: Path) -> Path:
-    """Write a checkpoint of Llama 8B's shape whose weights are a hole in the file."""
+def llama(folder: Path, **changes: int) -> Path:
+    """Write a checkpoint of Llama 8B's shape whose weights are a hole in the file.
+
+    Args:
+        changes: What its ``config.json`` says instead.
+    """
+    config: dict[str, Any] = {**LLAMA, **changes}
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    width, inner, words = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["vocab_size"]
-    assert isinstance(width, int)
-    keys = width // 4
+    (folder / "config.json").write_text(json.dumps(config))
+    width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, list[Any]] = {
         "model.embed_tokens.weight": [words, width],
         "model.norm.weight": [width],
         "lm_head.weight": [words, width],
     }
-    for layer in range(32):
+    for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         for name, shape in {
             "input_layernorm": [width],
@@ -119,4 +125,4 @@ def llama(folder: Path) -> Path:
 
 if __name__ == "__main__":
     for row in rows():
-        print(row, file=sys.stderr)
+        print(row, file=sys.stderr, flush=True)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
-from trivium.compiler import build, measurements, plugins, prepare, recipe, shapes
+from trivium.compiler import build, kernels, measurements, plugins, prepare, recipe, shapes
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.cost import does_not_fit
@@ -197,6 +198,7 @@ class _Optimized:
     Attributes:
         problem: Why the recipe could not be run, if it could not.
         legalized: What backends made of it so far, by the passes that they ran.
+        seen: What cost models asked of those graphs so far.
     """
 
     model: ir.Model
@@ -204,6 +206,7 @@ class _Optimized:
     pairs: list[tuple[Target, str]]
     problem: str = ""
     legalized: dict[str, ir.Model] = field(default_factory=dict)
+    seen: kernels.Seen = field(default_factory=WeakKeyDictionary)
 
     def legalize(self, backend: Backend, target: Target) -> prepare.Prepared:
         """Legalize for a target; targets for which a backend runs the same passes share a graph."""
@@ -312,7 +315,8 @@ def _candidate(
         prepared = optimized.legalize(backend, target)
         if prepared.refusals:
             return replace(made, refusals=prepared.refusals)
-        estimate = prepare.predict(prepared, target)
+        with kernels.remembering(optimized.seen):
+            estimate = prepare.predict(prepared, target)
     except TriviumError as error:
         return replace(made, refusals=(str(error),))
     unfit = does_not_fit(estimate, target)

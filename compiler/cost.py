@@ -20,7 +20,7 @@ import onnx_ir as ir
 from trivium.compiler import model as models
 from trivium.compiler.calibration import interval
 from trivium.compiler.errors import BadInput, Unsupported
-from trivium.compiler.kernels import Fused, Kernel, kernels_of, peak_activation_bytes
+from trivium.compiler.kernels import Fused, Kernel, break_down
 from trivium.compiler.machines.base import Context, KernelTime, Machine
 from trivium.compiler.passing import is_op
 from trivium.compiler.shapes import open_dims
@@ -85,8 +85,7 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
         note = f"not predicted: {', '.join(open_)} symbolic; bind with --shape"
         return Estimate(None, calibration=profile.calibration, notes=(note,))
     try:
-        kernels = kernels_of(model.graph, profile.fused)
-        activations = peak_activation_bytes(model.graph, profile.fused)
+        parts = break_down(model.graph, profile.fused)
     except (BadInput, Unsupported) as error:
         return Estimate(
             None,
@@ -94,6 +93,7 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
             calibration=profile.calibration,
             notes=(f"not predicted: {error}",),
         )
+    kernels, activations = parts.kernels, parts.activation_bytes
     share, split_note = _share(model, target)
     weights = resident_bytes(model)
     outputs = sum(value_bytes(value) for value in model.graph.outputs)
@@ -227,8 +227,11 @@ class _Timed:
         total: float | None = 0.0
         busy = 0.0
         machine = profile.machine or _Roofline(profile)
-        timings, notes = machine.time(kernels, target, context)
-        for kernel, timing in zip(kernels, timings, strict=True):
+        distinct = {kernel.asks: kernel for kernel in kernels}
+        found, notes = machine.time(list(distinct.values()), target, context)
+        timings = dict(zip(distinct, found, strict=True))
+        for kernel in kernels:
+            timing = timings[kernel.asks]
             if timing is None:
                 total = None
                 continue

@@ -7,8 +7,12 @@ here: a value that only its own kernel reads is neither written nor read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
 
@@ -68,7 +72,19 @@ class Kernel:
     def activation_bytes(self) -> float:
         return self.read_bytes + self.written_bytes
 
-    @property
+    @cached_property
+    def asks(self) -> Hashable:
+        """What a machine can tell it from another by: all but its name and how often it runs."""
+        return (
+            self.op_types,
+            tuple(self.dense.items()),
+            tuple(self.vector.items()),
+            (self.weight_bytes, self.read_bytes, self.written_bytes),
+            self.products,
+            self.attentions,
+        )
+
+    @cached_property
     def work(self) -> Work:
         """All its runs in one call."""
         operations = dict(self.dense)
@@ -80,6 +96,47 @@ class Kernel:
             self.written_bytes * self.times,
             self.weight_bytes,
         )
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """What of a graph a cost model needs, whatever the machine.
+
+    Attributes:
+        activation_bytes: The most that is live at once, see `peak_activation_bytes`.
+    """
+
+    kernels: tuple[Kernel, ...]
+    activation_bytes: float
+
+
+Seen = WeakKeyDictionary[ir.Graph, dict[Fused, Breakdown]]
+_seen: ContextVar[Seen | None] = ContextVar("graphs broken down", default=None)
+
+
+@contextmanager
+def remembering(seen: Seen) -> Iterator[None]:
+    """Break down each graph once for each way to fuse; none of ``seen`` may change any more."""
+    token = _seen.set(seen)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def break_down(graph: ir.Graph, fused: Fused) -> Breakdown:
+    """The kernels of a graph and what is live between them.
+
+    Raises:
+        BadInput, Unsupported: As `kernels_of`.
+    """
+    seen = _seen.get()
+    known = seen.setdefault(graph, {}) if seen is not None else {}
+    if fused not in known:
+        known[fused] = Breakdown(
+            tuple(kernels_of(graph, fused)), peak_activation_bytes(graph, fused)
+        )
+    return known[fused]
 
 
 def root(value: ir.Value) -> ir.Value:

@@ -36,13 +36,14 @@ class DecomposeFunctions(Pass):
 
     def run(self, model: ir.Model) -> bool:
         modified = False
+        names = _Names(model)
         # Bodies nest a few levels at most (Attention -> Softmax -> ReduceMax); a body that holds
         # its own operator would never end.
         for _ in range(8):
             opened = [
                 node
                 for node in model.graph.all_nodes()
-                if node.domain == "" and self.wants(node) and _open(model, node)
+                if node.domain == "" and self.wants(node) and _open(model, node, names)
             ]
             if not opened:
                 return modified
@@ -57,7 +58,42 @@ class DecomposeFunctions(Pass):
         return node.op_type in self.operators
 
 
-def _open(model: ir.Model, node: ir.Node) -> bool:
+class _Names:
+    """Names that the model does not use yet.
+
+    The inliner would make them too, but counts from one for each of thousands of nodes.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._nodes: dict[str, int] = {}
+        self._values: dict[str, int] = {}
+        for graph in model.graphs():
+            self._values.update(dict.fromkeys(graph.initializers, 1))
+            self._values.update((value.name, 1) for value in graph.inputs if value.name)
+            for node in graph:
+                self._nodes[node.name or ""] = 1
+                self._values.update((value.name, 1) for value in node.outputs if value.name)
+
+    def give(self, function: ir.Function) -> None:
+        """Rename the nodes of a function and the values that they make."""
+        for node in function:
+            node.name = _unique(node.name or "node", self._nodes)
+            for value in node.outputs:
+                value.name = _unique(value.name or "val", self._values)
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """The name with the first number that is free; ``taken`` says from which on to look."""
+    made, count = name, taken.get(name, 1)
+    while made in taken:
+        count += 1
+        made = f"{name}_{count}"
+    taken[name] = count
+    taken.setdefault(made, 1)
+    return made
+
+
+def _open(model: ir.Model, node: ir.Node, names: _Names) -> bool:
     """Make a node call its body, as a function of the model that the inliner then dissolves."""
     body = function_body(node)
     if body is None:
@@ -65,6 +101,7 @@ def _open(model: ir.Model, node: ir.Node) -> bool:
     body.domain = _DOMAIN
     body.name = f"{node.op_type}_{len(model.functions)}"
     function = ir.serde.deserialize_function(body)
+    names.give(function)
     model.functions[function.identifier()] = function
     model.opset_imports[_DOMAIN] = 1
     node.domain, node.op_type = function.domain, function.name

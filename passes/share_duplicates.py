@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from trivium.compiler.passing import InPieces, Pass, graph_of, unread
+from trivium.compiler.passing import InPieces, Pass, graph_of, stripes_of, unread
 from trivium.compiler.reference import RANDOM
 from trivium.compiler.types import Preserves
 
@@ -22,9 +22,10 @@ class ShareDuplicates(Pass):
     """Merge equal initializers and equal subexpressions.
 
     Weights are compared by dtype, shape and their first bytes; only where those agree are they read
-    in full, a chunk at a time.
+    in full, a chunk at a time. What a checkpoint stores turned is compared as it lies there.
 
-    Left alone: what a graph returns, nodes with bodies, and random numbers.
+    Left alone: what a graph returns, nodes with bodies, random numbers, and a matrix whose equal is
+    stored turned.
     """
 
     name: ClassVar[str] = "share-duplicates"
@@ -47,7 +48,8 @@ def _share_initializers(graph: ir.Graph) -> bool:
         tensor = value.const_value
         if tensor is None or value.is_graph_input() or value.is_graph_output():
             continue
-        key = (tensor.dtype, tuple(tensor.shape.numpy()), next(_bytes(tensor, _PROBE), b""))
+        shape = tuple(tensor.shape.numpy())
+        key = (tensor.dtype, shape, _turned(tensor), next(_bytes(tensor, _PROBE), b""))
         groups.setdefault(key, []).append(value)
     modified = False
     for group in groups.values():
@@ -87,7 +89,7 @@ def _bytes(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
                 yield chunk
         return
     if isinstance(tensor, InPieces):
-        yield from tensor.pieces(size)
+        yield from _columns(tensor, size) if _turned(tensor) else tensor.pieces(size)
         return
     if tensor.dtype == ir.DataType.STRING:
         strings = tensor.numpy().reshape(-1)
@@ -96,6 +98,19 @@ def _bytes(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
     data = memoryview(tensor.tobytes())
     for start in range(0, len(data), size):
         yield bytes(data[start : start + size])
+
+
+def _turned(tensor: ir.TensorProtocol) -> bool:
+    """Whether a matrix lies in its file column by column: its first row is then all over it."""
+    return hasattr(tensor, "stripes") and stripes_of(tensor).lies_along == 1
+
+
+def _columns(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
+    """The content of a turned matrix as it lies in its file."""
+    stripes, (length, count) = stripes_of(tensor), tensor.shape.numpy()
+    step = max(1, size // max(4 * length, 1))
+    for first in range(0, count, step):
+        yield stripes.stripe(first, min(first + step, count)).tobytes()
 
 
 def _encode(item: Any) -> bytes:

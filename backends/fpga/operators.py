@@ -152,21 +152,29 @@ def _dequantize(lowering: Lowering, node: ir.Node) -> Value:
 def _weights(node: ir.Node) -> Weights:
     import numpy as np
 
-    integers = passing.constant(node.inputs[0], limit=None)
-    scale = passing.constant(node.inputs[1])
-    zero = passing.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-    if integers is None or scale is None:
-        raise Unsupported("its scale is not constant")
     if passing.attribute(node, "block_size", 0):
         raise Unsupported("weights quantized in blocks have no single scale for each output")
-    axis = passing.attribute(node, "axis", 1) % max(integers.ndim, 1)
-    integers = integers.astype(np.int64)
+    scale = passing.constant(node.inputs[1])
+    if scale is None:
+        raise Unsupported("its scale is not constant")
+    rank = len(passing.dims(node.inputs[0]) or ())
+    axis = passing.attribute(node, "axis", 1) % max(rank, 1)
+    return Weights(lambda: _integers(node, axis), np.asarray(scale, np.float32), axis)
+
+
+def _integers(node: ir.Node, axis: int) -> Array:
+    import numpy as np
+
+    stored = passing.constant(node.inputs[0], limit=None)
+    assert stored is not None
+    integers: Array = stored.astype(np.int64)
+    zero = passing.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
     if zero is not None:
         point = zero.astype(np.int64)
         if point.size > 1:
             point = point.reshape([-1 if i == axis else 1 for i in range(integers.ndim)])
         integers = integers - point
-    return Weights(integers, np.asarray(scale, np.float32), axis)
+    return integers
 
 
 # --- data layout: operations on the index ---------------------------------------------------------
@@ -190,7 +198,7 @@ def _transpose(lowering: Lowering, node: ir.Node) -> Value:
     if isinstance(x, Weights):
         perm = passing.attribute(node, "perm") or tuple(reversed(range(x.integers.ndim)))
         axis = list(perm).index(x.axis) if x.scale.size > 1 else 0
-        return Weights(x.integers.transpose(perm), x.scale, axis)
+        return Weights(lambda: x.integers.transpose(perm), x.scale, axis)
     perm = passing.attribute(node, "perm") or tuple(reversed(range(x.index.ndim + 1)))
     if perm[0] != 0:
         raise Unsupported("it moves the batch axis")

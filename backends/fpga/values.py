@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.fpga.ir import HostOp, Layer, Range
@@ -119,13 +120,19 @@ class Weights:
     """A stored tensor behind a DequantizeLinear: ``(integers - zero_point) * scale``.
 
     Attributes:
-        integers: int64, zero point already taken off.
+        read: Gives the integers. Until a layer asks for them, the walk has read no weights: a
+            graph with much that is refused may hold more of them than memory.
         scale: float32, a scalar or one for each index of ``axis``.
     """
 
-    integers: Array
+    read: Callable[[], Array]
     scale: Array
     axis: int
+
+    @cached_property
+    def integers(self) -> Array:
+        """int64, zero point already taken off."""
+        return self.read()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,6 +80,56 @@ def test_a_sketch_reads_no_weight(
     monkeypatch.setattr("trivium.passes.convert_float.weight", never)
     for name in ("int4", "int8", "fp16", "prune-50"):
         recipe.sketch(recipe.read(name), model.clone(), recipe.Context(backend="onnxruntime"))
+
+
+def test_a_plan_reads_no_weight_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one matrix, and of each no more than tells it from the others of its shape."""
+    from benchmarks.planning import llama
+    from trivium.models.safetensors import ConvertedTensor, Stripes
+
+    small = {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 4096}
+    checkpoint = llama(tmp_path / "llama", num_hidden_layers=2, num_key_value_heads=16, **small)
+    read: list[int] = []
+
+    def whole(self: ConvertedTensor) -> ir.TensorProtocol:
+        read.append(self.nbytes)
+        return convert(self)
+
+    def part(self: Stripes, start: int, stop: int) -> np.ndarray[Any, Any]:
+        found = stripe(self, start, stop)
+        read.append(found.nbytes)
+        return found
+
+    convert, stripe = ConvertedTensor._read, Stripes.stripe
+    monkeypatch.setattr(ConvertedTensor, "_read", whole)
+    monkeypatch.setattr(Stripes, "stripe", part)
+    found = compare(
+        checkpoint,
+        ["cpu", "nvidia-t4", "tpu-v5e", "amd-zcu104"],
+        recipes=["none", "bf16", "int8-weights", "int4", "int8"],
+        shape=["batch=1", "seq=64"],
+        backends="all",
+    )
+    assert {c.recipe for c in found.candidates if c.feasible} >= {"none", "bf16", "int4", "int8"}
+    assert read
+    assert max(read) <= 4 * 4096
+
+
+def test_targets_that_share_a_graph_are_told_what_each_is_told_alone() -> None:
+    model = digits.cnn()
+    on = ["nvidia-t4", "nvidia-h100-sxm", "nvidia-l4", "tpu-v5e", "tpu-v6e"]
+    together = compare(model, on, recipes=["none", "int8"], shape=SHAPE, backends="all")
+    alone = [
+        c
+        for name in on
+        for c in compare(
+            model, [name], recipes=["none", "int8"], shape=SHAPE, backends="all"
+        ).candidates
+    ]
+    known = {name_of(c): (c.estimate, c.refusals) for c in together.candidates}
+    assert known == {name_of(c): (c.estimate, c.refusals) for c in alone}
 
 
 # --- prices --------------------------------------------------------------------------------------

@@ -190,18 +190,19 @@ def test_wrong_dtype_shape_or_name_is_bad_input(tmp_path: Path) -> None:
     assert checkpoint.tensor("w", (3, 2), transpose=True).numpy().shape == (3, 2)
 
 
-def test_equal_halves_are_shared_and_others_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_equal_halves_are_shared_and_others_are_not(tmp_path: Path, transpose: bool) -> None:
     """Sharing asks a converted tensor for a piece first, and for all of it only if that agrees."""
     from trivium.passes.share_duplicates import ShareDuplicates
 
-    one = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float16)
+    one = np.random.default_rng(0).standard_normal((300, 200)).astype(np.float16)
     late = one.copy()
     late[-1, -1] += 1
     write_safetensors(tmp_path / "model.safetensors", {"a": one, "b": one, "c": late})
     graph = ir.Graph([], [], nodes=[], name="g", opset_imports={"": 24})
     nodes = []
     for name, entry in read_header(tmp_path / "model.safetensors").items():
-        value = ir.Value(name=name, const_value=as_float32(entry, name))
+        value = ir.Value(name=name, const_value=as_float32(entry, name, transpose=transpose))
         graph.register_initializer(value)
         nodes.append(ir.node("Neg", [value], name=name))
         graph.append(nodes[-1])
