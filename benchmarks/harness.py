@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,63 @@ class Samples:
         return statistics.median(self.peak_bytes)
 
 
-def run_command(command: Sequence[str], samples: Samples, *, cpu: bool = False) -> None:
+_LAUNCHER = """
+import json, os, subprocess, sys, threading, time
+command, limit, folder = json.loads(sys.argv[1])
+started = time.perf_counter()
+process = subprocess.Popen(
+    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
+)
+killer = threading.Timer(limit, process.kill) if limit is not None else None
+if killer is not None:
+    killer.start()
+stderr = process.stderr.read()
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - started
+if killer is not None:
+    killer.cancel()
+process.returncode = os.waitstatus_to_exitcode(status)
+print(json.dumps({
+    "wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_kib": usage.ru_maxrss,
+    "code": process.returncode, "stderr": stderr.decode(errors="replace")[-2000:],
+}))
+"""
+"""A small process that starts the command: the kernel counts the memory of whoever starts one
+towards its peak."""
+
+
+def run_command(
+    command: Sequence[str],
+    samples: Samples,
+    *,
+    cpu: bool = False,
+    limit: float | None = None,
+    folder: Path | None = None,
+) -> None:
     """Run a command once; add its wall (or CPU) seconds and its peak resident memory.
 
+    Args:
+        limit: Seconds after which it is killed.
+        folder: Where it runs.
+
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: It failed, or took longer than the limit.
     """
+    given = json.dumps([list(command), limit, str(folder) if folder is not None else None])
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
-    assert process.stderr is not None
-    stderr = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {stderr.decode(errors='replace')[-2000:]}")
-    samples.seconds.append(usage.ru_utime + usage.ru_stime if cpu else wall)
-    samples.peak_bytes.append(usage.ru_maxrss * 1024)
+    launched = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, given],
+        capture_output=True, env=environment, check=False,
+    )  # fmt: skip
+    if launched.returncode:
+        raise RuntimeError(launched.stderr.decode(errors="replace")[-2000:])
+    found = json.loads(launched.stdout)
+    if limit is not None and found["wall"] >= limit:
+        raise RuntimeError(f"took over {limit:g} s")
+    if found["code"]:
+        raise RuntimeError(f"{' '.join(command)}: {found['stderr']}")
+    samples.seconds.append(found["cpu"] if cpu else found["wall"])
+    samples.peak_bytes.append(found["peak_kib"] * 1024)
 
 
 def in_turn(
