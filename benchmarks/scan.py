@@ -1,6 +1,6 @@
 """What running identical layers as one scan does to a compile: writes docs/scan.md.
 
-    python benchmarks/scan.py [--target tpu-v5e] [--layers 12 32] [-o FILE]
+    python benchmarks/scan.py [--target tpu-v5e ...] [--layers 12 32] [-o FILE]
 
 Llama 2 7B's layers in bfloat16, weights by shape only, a call of 8 sequences of 128 tokens,
 compiled unrolled and as a scan in turn, each in a process of its own.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from trivium.compiler import shapes, targets
 from trivium.compiler.types import Workload
 
 COLUMNS = (
-    "layers", "way", "trace s", "compile s", "CPU s", "arguments MB", "temporaries MB", "code MB",
+    "target", "layers", "way", "trace s", "compile s", "CPU s", "arguments MB", "temporaries MB",
+    "code MB",
 )  # fmt: skip
 
 
@@ -57,24 +59,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--target", default="tpu-v5e")
+    parser.add_argument("--target", nargs="+", default=["tpu-v5e", "nvidia-h100-sxm", "cpu"])
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 32])
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/scan.md"))
     given = parser.parse_args()
     if given.only:
-        print(json.dumps(measure(given.target, int(given.only[0]), given.only[1] == "scan")))
+        layers, way = given.only
+        print(json.dumps(measure(given.target[0], int(layers), way == "scan")))
         return 0
     rows = []
-    for layers in given.layers:
-        for way in ("unrolled", "scan"):
-            found = _in_a_process(given.target, layers, way)
-            memory = (found["memory"][part] for part in ("arguments", "temporaries", "code"))
-            seconds = (found["trace"], found["compile"], found["cpu"])
-            rows.append([str(layers), way, *(f"{s:.1f}" for s in seconds),
-                         *(f"{size / 1e6:,.1f}" for size in memory)])  # fmt: skip
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    given.output.write_text(page(given.target, rows), encoding="utf-8")
+    for target, layers, way in product(given.target, given.layers, ("unrolled", "scan")):
+        found = _in_a_process(target, layers, way)
+        memory = (found["memory"][part] for part in ("arguments", "temporaries", "code"))
+        seconds = (found["trace"], found["compile"], found["cpu"])
+        rows.append([target, str(layers), way, *(f"{s:.1f}" for s in seconds),
+                     *(f"{size / 1e6:,.1f}" for size in memory)])  # fmt: skip
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    given.output.write_text(page(rows), encoding="utf-8")
     return 0
 
 
@@ -87,7 +89,7 @@ def _in_a_process(target: str, layers: int, way: str) -> dict[str, Any]:
     return found
 
 
-def page(target: str, rows: Sequence[Sequence[str]]) -> str:
+def page(rows: Sequence[Sequence[str]]) -> str:
     """The page as Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in platforms.versions().items())
     return "\n".join(
@@ -95,9 +97,9 @@ def page(target: str, rows: Sequence[Sequence[str]]) -> str:
             "# Identical layers as one scan",
             "",
             f"Written by `python benchmarks/scan.py` with {versions}. Llama 2 7B's layers, "
-            f"bfloat16, 8 sequences of 128 tokens, compiled for {target} ahead of time; weights by "
-            "shape only. *trace* and *compile* are by the wall clock on a machine that had other "
-            "work, *CPU s* what the process used for both. As a scan the blocks are one fewer than "
+            "bfloat16, 8 sequences of 128 tokens, compiled ahead of time; weights by shape only. "
+            "*trace* and *compile* are by the wall clock on a machine that had other work, *CPU s* "
+            "what the process used for both. As a scan the blocks are one fewer than "
             "the layers, since the first makes what all share. Weights are stacked when they are "
             "loaded: *arguments* are the same bytes either way.",
             "",
