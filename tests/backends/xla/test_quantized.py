@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from trivium.backends.xla.lowering import lower, precise
@@ -136,3 +137,30 @@ def test_quantized_network_convolves_integers(
     (expected,) = ort.InferenceSession(path, options).run(None, feed)
     (logits,) = actual.values()
     assert np.argmax(logits) == np.argmax(expected)
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("kind", ["INT2", "UINT2", "INT4", "FLOAT4E2M1"])
+def test_weights_of_less_than_a_byte(kind: str, block: int) -> None:
+    dtype = ir.DataType[kind]
+    rng = np.random.default_rng(0)
+    codes = rng.choice([0.5, 1.5, 3, -6] if kind == "FLOAT4E2M1" else [0, 1], (64, 48))
+    w = codes.astype(dtype.numpy())
+    scales = rng.uniform(0.1, 0.2, (4, 48) if block else (48,)).astype(np.float32)
+    node = helper.make_node(
+        "DequantizeLinear", ["w", "s"], ["wide"], axis=0 if block else 1, block_size=block
+    )
+    graph = helper.make_graph(
+        [node, helper.make_node("MatMul", ["x", "wide"], ["y"])],
+        "low",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3, 64])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 48])],
+        [ir.to_proto(ir.tensor(w, name="w")), onnx.numpy_helper.from_array(scales, "s")],
+    )
+    lowered = lower(ir.from_proto(helper.make_model(graph, opset_imports=[
+        helper.make_opsetid("", 25)], ir_version=13)))  # fmt: skip
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    with precise():
+        y = jax.jit(lowered.function)(lowered.read(), {"x": x})["y"]
+    full = w.astype(np.float32) * (np.repeat(scales, block, 0) if block else scales)
+    np.testing.assert_allclose(y, x @ full, rtol=1e-4, atol=1e-4)

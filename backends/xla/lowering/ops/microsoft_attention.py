@@ -12,6 +12,7 @@ from trivium.backends.xla.lowering.ops.attention import (
     rotate,
 )
 from trivium.backends.xla.lowering.ops.linear import scaled
+from trivium.backends.xla.lowering.ops.microsoft_quantized import dequantized
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
 
@@ -26,6 +27,8 @@ def attention(
     """Self-attention, the three projections packed; ``past`` is (2, batch, heads, time, size)."""
     if past_length is not None:
         raise op.refuse("with a past buffer shared with the present is not lowered")
+    if op.attr("do_rotary", 0):
+        raise op.refuse("that rotates by position is not lowered")
     heads = op.attr("num_heads")
     sizes = op.attr("qkv_hidden_sizes") or [weights.shape[1] // 3] * 3
     packed = x @ weights if bias is None else x @ weights + bias
@@ -38,7 +41,14 @@ def attention(
     if past is not None:
         k = jnp.concatenate([past[0], k], axis=2)
         v = jnp.concatenate([past[1], v], axis=2)
-    total = k.shape[2]
+    y = _attended(op, q, k, v, mask, attention_bias, k.shape[2] - length)
+    return (y, jnp.stack([k, v])) if op.wants(1) else y
+
+
+def _attended(op: Op, q: Any, k: Any, v: Any, mask: Any, attention_bias: Any, before: int) -> Any:
+    """Attention over (batch, heads, time, size), its heads side by side again; ``before`` is how
+    many keys precede the first query."""
+    batch, length, total = q.shape[0], q.shape[2], k.shape[2]
     scale = op.attr("scale", 0.0) or q.shape[-1] ** -0.5
     scores = scaled(q @ jnp.swapaxes(k, -1, -2), scale)
     if attention_bias is not None:
@@ -47,12 +57,71 @@ def attention(
     if mask is not None:
         scores = scores + jnp.where(_visible(op, mask, total), jnp.zeros((), fill.dtype), fill)
     if op.attr("unidirectional", 0):
-        rows = jnp.arange(length)[:, None] + (total - length)
+        rows = jnp.arange(length)[:, None] + before
         causal = jnp.arange(total)[None, :] <= rows
         scores = jnp.where(causal, scores, jnp.finfo(scores.dtype).min)
     y = jax.nn.softmax(scores, axis=-1) @ v
-    y = y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-    return (y, jnp.stack([k, v])) if op.wants(1) else y
+    return y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+@handles("MultiHeadAttention", domain=DOMAIN)
+def multi_head_attention(
+    op: Op, query: Any, key: Any = None, value: Any = None, bias: Any = None, mask: Any = None,
+    attention_bias: Any = None, past_key: Any = None, past_value: Any = None,
+    past_length: Any = None, indirection: Any = None,
+) -> Any:  # fmt: skip
+    """Attention on projections: apart as (batch, time, width), packed with an axis of three (or of
+    keys and values two) behind the heads, or keys and values of (batch, heads, time, size).
+    """
+    if past_length is not None or indirection is not None:
+        raise op.refuse("with a past buffer shared with the present is not lowered")
+    if op.wants(3):
+        raise op.refuse("that returns its scores is not lowered")
+    heads = op.attr("num_heads")
+    if query.ndim == 5:
+        query, key, value = (query[..., index, :] for index in range(3))
+    elif key is not None and key.ndim == 5:
+        key, value = key[..., 0, :], key[..., 1, :]
+    if key is None:
+        raise op.refuse("without keys is not lowered")
+    parts = [query, key, value]
+    if bias is not None:
+        width = query.size // (query.shape[0] * query.shape[1]) if query.ndim == 4 else 0
+        width = width or query.shape[-1]
+        shares = jnp.split(jnp.asarray(bias), [width, 2 * width])
+        parts = [_biased(part, own, heads) for part, own in zip(parts, shares, strict=True)]
+    # Only keys and values that come as (batch, heads, time, size) have their heads second.
+    ready = query.ndim == 3 and key.ndim == 4
+    q, k, v = (_heads_second(part, heads, index > 0 and ready) for index, part in enumerate(parts))
+    before = 0
+    if past_key is not None:
+        before = past_key.shape[2]
+        k = jnp.concatenate([past_key, k], axis=2)
+        v = jnp.concatenate([past_value, v], axis=2)
+    return _attended(op, q, k, v, mask, attention_bias, before), k, v
+
+
+def _biased(x: Any, bias: Any, heads: int) -> Any:
+    """A projection plus its bias, heads apart or not."""
+    return x + (jnp.reshape(bias, (heads, -1)) if x.ndim == 4 else bias)
+
+
+def _heads_second(x: Any, heads: int, ready: bool) -> Any:
+    if ready:
+        return x
+    apart = x if x.ndim == 4 else jnp.reshape(x, (*x.shape[:2], heads, x.shape[-1] // heads))
+    return jnp.swapaxes(apart, 1, 2)
+
+
+@handles("QAttention", domain=DOMAIN)
+def quantized_attention(
+    op: Op, x: Any, weights: Any, bias: Any, x_scale: Any, w_scale: Any, mask: Any = None,
+    x_zero: Any = None, w_zero: Any = None, past: Any = None,
+) -> Any:  # fmt: skip
+    """`attention` of dequantized input and weights; their scales may be by column."""
+    return attention(
+        op, dequantized(x, x_scale, x_zero), dequantized(weights, w_scale, w_zero), bias, mask, past
+    )
 
 
 def _visible(op: Op, mask: Any, total: int) -> Any:

@@ -86,7 +86,7 @@ def dynamic_quantize_linear(op: Op, x: Any) -> Any:
     return saturated(jnp.round(x / scale), point, np.dtype("uint8")), scale, point
 
 
-def _centred(x: Any, zero: Any, axis: int) -> Any:
+def centred(x: Any, zero: Any, axis: int) -> Any:
     """``x - zero`` as int32; ``zero`` may have one value for each row or column."""
     wide = jnp.asarray(x).astype("int32")
     if zero is None:
@@ -100,7 +100,7 @@ def _centred(x: Any, zero: Any, axis: int) -> Any:
 @handles("MatMulInteger", since=10)
 def matmul_integer(op: Op, a: Any, b: Any, a_zero: Any = None, b_zero: Any = None) -> Any:
     return jnp.matmul(
-        _centred(a, a_zero, -1), _centred(b, b_zero, -2), preferred_element_type="int32"
+        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
     )
 
 
@@ -110,7 +110,7 @@ def qlinear_matmul(
     y_zero: Any,
 ) -> Any:  # fmt: skip
     total = jnp.matmul(
-        _centred(a, a_zero, -1), _centred(b, b_zero, -2), preferred_element_type="int32"
+        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
     )
     left = jnp.asarray(a_scale).astype("float32")
     left = left[..., None] if left.ndim and left.size > 1 else left
@@ -129,7 +129,7 @@ def _filters_centred(w: Any, zero: Any) -> Any:
 @handles("ConvInteger", since=10)
 def conv_integer(op: Op, x: Any, w: Any, x_zero: Any = None, w_zero: Any = None) -> Any:
     return convolve(
-        op, _centred(x, x_zero, -1), _filters_centred(w, w_zero), preferred_element_type="int32"
+        op, centred(x, x_zero, -1), _filters_centred(w, w_zero), preferred_element_type="int32"
     )
 
 
@@ -139,7 +139,7 @@ def qlinear_conv(
     y_zero: Any, bias: Any = None,
 ) -> Any:  # fmt: skip
     total = convolve(
-        op, _centred(x, x_zero, -1), _filters_centred(w, w_zero), preferred_element_type="int32"
+        op, centred(x, x_zero, -1), _filters_centred(w, w_zero), preferred_element_type="int32"
     )
     if bias is not None:
         total = total + per_channel(bias, total.ndim)
