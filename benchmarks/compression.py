@@ -489,7 +489,7 @@ def _minilm(folder: Path) -> list[Case]:
     peers = [*_static("MinMax"), *_others("max", "transformer")]
     measures = (Measure("cosine on unseen sentences"),)
     part = Part(calibration, cosine)
-    return [Case("MiniLM", source, [part], measures, ("int8-smooth", "int8-minmax"), peers)]
+    return [Case("MiniLM", source, [part], measures, ("int8", "int8-smooth"), peers)]
 
 
 def _shakespeare(folder: Path) -> list[Case]:
@@ -540,7 +540,7 @@ def _speeds(folder: Path, pieces: Pieces) -> list[Row]:
     made = []
     for name, source, feeds, shape, recipes in (
         ("ResNet-8", workloads.shared("models/mlperf_ic_resnet8_fp32.onnx"),
-         "mlperf_ic_resnet8_fp32-0.npz", "", ("int8",)),
+         "mlperf_ic_resnet8_fp32-0.npz", "input_1=1x32x32x3", ("int8",)),
         ("ResNet-20", workloads.shared("models/cifar_resnet20.onnx"), "cifar_resnet20-0.npz", "N=1",
          ("int8",)),
         ("ResNet-32", workloads.shared("models/cifar_resnet32.onnx"), "cifar_resnet32-0.npz", "N=1",
@@ -550,9 +550,8 @@ def _speeds(folder: Path, pieces: Pieces) -> list[Row]:
     ):  # fmt: skip
         if source is None or not source.is_file():
             continue
-        given = shape.split(",") if shape else ()
         figures = pieces.of(
-            f"{name}/speed", partial(_speed, source, folder / feeds, given, recipes)
+            f"{name}/speed", partial(_speed, source, folder / feeds, shape.split(","), recipes)
         )
         for recipe, found in (figures or {}).items():
             if "refused" in found:

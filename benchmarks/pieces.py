@@ -1,7 +1,7 @@
 """Long benchmarks in pieces: each figure is a line of a file as soon as it is there.
 
 TRIVIUM_BENCH_LINES names the file; what it holds already is not measured again, so that a run that
-was killed goes on where it was. TRIVIUM_BENCH_ONLY, patterns joined by commas, limits what is
+was killed goes on where it was. TRIVIUM_BENCH_ONLY, patterns joined by semicolons, limits what is
 measured; the table is made of all the lines that there are.
 """
 
@@ -29,7 +29,7 @@ class Pieces:
 
     def __init__(self, topic: str) -> None:
         self.topic = topic
-        self.only = [word for word in os.environ.get(ONLY, "").split(",") if word]
+        self.only = [word for word in os.environ.get(ONLY, "").split(";") if word]
         named = os.environ.get(LINES, "")
         self._temporary = None if named else tempfile.TemporaryDirectory()
         self.path = Path(named or Path(self._temporary.name if self._temporary else "", "lines"))

@@ -55,7 +55,7 @@ want, have = (ort.InferenceSession(p, options).run(None, arrays)[0] for p in (so
 print((want * have).sum() / np.linalg.norm(want) / np.linalg.norm(have))
 """
 
-METHODS = (("int8-minmax", "MinMax"), ("int8", "Entropy"))
+METHODS = (("int8-minmax", "MinMax"), ("int8-entropy", "Entropy"))
 
 
 def rows() -> list[Row]:

@@ -3,13 +3,18 @@
 No labels are used. The CIFAR network learns from one half of the 500 test images there are, changed
 at random, and is scored on the other half, both ways round; MiniLM and the decoder learn from
 Shakespeare and are scored on text that they did not see. The peer is the model as it was.
+
+`pieces` says how to measure in parts; trainings that are killed go on from their checkpoints, which
+lie beside the file of lines.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import numpy as np
 
 from benchmarks import workloads
 from benchmarks.harness import Row, Samples, in_turn, ratio, seconds
+from benchmarks.pieces import LINES, Pieces
 
 TITLE = "Recovery by distillation"
 
@@ -27,71 +33,105 @@ STAGES = tuple(f"layer{stage}.{block}.relu2" for stage in (1, 2, 3) for block in
 LAYERS = tuple(f"layer.{index}.mlp.LayerNormalization" for index in range(6))
 TOKENS = 64
 
+STEPS = int(os.environ.get("TRIVIUM_BENCH_STEPS", "240"))
+"""Updates of each training of a pruned model."""
+
 
 def rows() -> list[Row]:
     made: list[Row] = []
+    pieces = Pieces("recovery")
     with tempfile.TemporaryDirectory() as name:
         for part in (decoder, encoder, network):
-            made += part(Path(name))
+            made += part(Path(name), pieces)
     return made
 
 
 def _tune(
-    source: Any, data: Any, passes: Sequence[tuple[str, dict[str, Any]]], **options: Any
-) -> Any:
-    """Tune with a recipe made of passes, and print what it took."""
+    name: str, source: Any, data: Any, passes: Sequence[tuple[str, dict[str, Any]]], **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Tune with a recipe made of passes; say what it took and gave."""
     import trivium
     from trivium.compiler.recipe import Recipe, Step
 
     recipe = Recipe("benchmark", tuple(Step(name, given) for name, given in passes))
+    lines = os.environ.get(LINES)
+    kept = Path(f"{lines}.training", name.replace(" ", "-")) if lines else None
     started, cpu = time.perf_counter(), time.process_time()
-    made = trivium.tune(source, data, recipe=recipe, **options)
-    took = f"{time.process_time() - cpu:.0f} s of CPU in {time.perf_counter() - started:.0f} s"
-    print(f"{passes}: {made.before} -> {made.after}, {made.stopped}, {took}", flush=True)
-    return made.model, took
+
+    def watch(step: int, steps: int, figures: Any) -> None:
+        if not step % max(1, steps // 10):
+            took = f"{time.process_time() - cpu:.0f} s of CPU"
+            print(f"{name}: {step} of {steps}, {took}, {dict(figures)}", flush=True)
+
+    made = trivium.tune(source, data, recipe=recipe, checkpoint=kept, watch=watch, **options)
+    made.forget()
+    return made.model, {
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": time.perf_counter() - started,
+        "loss": [made.before.loss, made.after.loss],
+        "updates": made.after.step,
+    }
+
+
+def _took(figures: dict[str, Any]) -> str:
+    return f"{figures['cpu_s']:.0f} s of CPU in {figures['wall_s']:.0f} s"
 
 
 # --- the decoder -----------------------------------------------------------------------------
 
 
-def decoder(folder: Path) -> list[Row]:
+def decoder(folder: Path, pieces: Pieces) -> list[Row]:
     """int4 of the Shakespeare model: perplexity on the validation text."""
+    figures = pieces.of("decoder", partial(_decoder, folder))
+    if not figures:
+        return []
+    before, rounded, after = (figures[key] for key in ("float32", "rounded", "tuned"))
+    loss = after / before - 1
+    return [
+        Row(
+            f"int4 decoder: perplexity, {figures['bits']:.3g} bits a weight",
+            f"{after:.3f} ({_took(figures)}; {rounded:.3f} by GPTQ alone)",
+            f"float32: {before:.3f}", f"{loss:+.2%}", "+0.5% or less, and no worse than GPTQ",
+            loss <= 0.005 and after <= rounded,
+        )
+    ]  # fmt: skip
+
+
+def _decoder(folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     from trivium.compiler import evaluate, model, prepare
 
     source, text = workloads.shared("llm-shakespeare"), workloads.shared("text/tinyshakespeare.txt")
     if source is None or text is None:
-        return []
+        return {}
     held_out = source / "val_ids.npy"
     whole, last = text.read_text(), (source / "val.txt").read_text()
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    ids = tokenizer.encode(whole.removesuffix(last), add_special_tokens=False).ids
+    ids = np.array(
+        tokenizer.encode(whole.removesuffix(last), add_special_tokens=False).ids, np.int64
+    )
 
     def perplexity(path: Path) -> float:
         return evaluate.evaluate(path, held_out, metric="perplexity").value
 
     plain = folder / "rounded.onnx"
-    model.save(prepare.optimize(source, "int4")[0], plain)
-    steps = [("quantize-weights", {"bits": 4, "block_size": 128})]
-    made, took = _tune(
-        source, np.array(ids), steps, steps=120, batch=8, rate=1e-4, alpha=0.0, validation=0.02,
-        evaluations=6,
+    windows = np.stack([ids[i : i + 256] for i in np.linspace(0, len(ids) - 256, 128, dtype=int)])
+    feeds = [{"input_ids": one[None], "attention_mask": np.ones_like(one[None])} for one in windows]
+    model.save(prepare.optimize(source, "int4-gptq", calibration=feeds)[0], plain)
+    steps = [("quantize-weights", {"bits": 4, "block_size": 128, "method": "gptq"})]
+    made, figures = _tune(
+        "decoder", source, ids, steps, steps=120, batch=8, rate=3e-5, alpha=0.0, validation=0.02,
+        evaluations=6, temperature=1.0,
     )  # fmt: skip
     model.save(made, folder / "tuned.onnx")
-    before, rounded, after = (
-        perplexity(source),
-        perplexity(plain),
-        perplexity(folder / "tuned.onnx"),
-    )
-    loss = after / before - 1
-    return [
-        Row(
-            f"int4 decoder: perplexity, {_bits(made):.3g} bits a weight",
-            f"{after:.3f} ({took}; {rounded:.3f} by rounding alone)",
-            f"float32: {before:.3f}", f"+{loss:.2%}", "+0.5% or less", loss <= 0.005,
-        )
-    ]  # fmt: skip
+    return {
+        **figures,
+        "bits": _bits(made),
+        "float32": perplexity(source),
+        "rounded": perplexity(plain),
+        "tuned": perplexity(folder / "tuned.onnx"),
+    }
 
 
 def _bits(made: Any) -> float:
@@ -108,33 +148,48 @@ def _bits(made: Any) -> float:
 # --- the encoder -----------------------------------------------------------------------------
 
 
-def encoder(folder: Path) -> list[Row]:
+def encoder(folder: Path, pieces: Pieces) -> list[Row]:
     """MiniLM: cosine of its sentence vectors with those of the model as it was."""
+    made = []
+    half = {"operations": 0.5, "rank": "activation"}
+    for what, steps in (
+        ("2:4", [("prune-sparsegpt", {"m": 4})]),
+        ("half of the operations", [("prune-structured", half)]),
+    ):
+        name = f"MiniLM, {what}"
+        figures = pieces.of(name, partial(_encoder, name, steps, folder))
+        if not figures:
+            continue
+        shown = f"{figures['cosine']:.4f} ({_took(figures)}; {figures['pruned']:.4f} untrained)"
+        row = (f"{name}: cosine", shown, "1", "", "0.99 or more")
+        made.append(Row(*row, figures["cosine"] >= 0.99))
+        if "operations" in what:
+            made.append(_speed_row(name, figures["speed"]))
+    return made
+
+
+def _encoder(
+    name: str, steps: Sequence[tuple[str, dict[str, Any]]], folder: Path
+) -> dict[str, Any]:
     source = workloads.minilm(folder)
     feeds = workloads.sentences(folder, 1024, TOKENS)
     if source is None or feeds is None:
-        return []
+        return {}
     arrays = dict(np.load(feeds))
     data = {name: array[:-128] for name, array in arrays.items()}
     held = {name: array[-128:] for name, array in arrays.items()}
-    made = []
-    for what, steps in (
-        ("2:4", [("prune-sparsegpt", {"m": 4})]),
-        (
-            "half of the operations",
-            [("prune-structured", {"operations": 0.5, "rank": "activation"})],
-        ),
-    ):
-        model, took = _tune(
-            source, data, steps, steps=300, batch=8, rate=3e-4, hidden=LAYERS, hidden_weight=0.3,
-            evaluations=6, patience=0,
-        )  # fmt: skip
-        cosine = _cosine(source, _saved(model, folder / "encoder.onnx"), held)
-        row = (f"MiniLM, {what}: cosine", f"{cosine:.4f} ({took})", "1", "", "0.99 or more")
-        made.append(Row(*row, cosine >= 0.99))
-        if "operations" in what:
-            made.append(_faster(f"MiniLM, {what}", source, folder / "encoder.onnx", first(held, 1)))
-    return made
+    pruned = _pruned(source, steps, first(data, 256), folder)
+    model, figures = _tune(
+        name, source, data, steps, steps=STEPS, batch=8, rate=3e-4, hidden=LAYERS,
+        hidden_weight=0.3, evaluations=6, patience=0,
+    )  # fmt: skip
+    small = _saved(model, folder / "encoder.onnx")
+    return {
+        **figures,
+        "pruned": _cosine(source, pruned, held),
+        "cosine": _cosine(source, small, held),
+        "speed": _speed(source, small, first(held, 1)),
+    }
 
 
 def first(feeds: dict[str, Any], count: int) -> dict[str, Any]:
@@ -151,12 +206,50 @@ def _cosine(source: Path, made: Path, feeds: dict[str, Any]) -> float:
 # --- the network -----------------------------------------------------------------------------
 
 
-def network(folder: Path) -> list[Row]:
+def network(folder: Path, pieces: Pieces) -> list[Row]:
     """CIFAR ResNet-32: accuracy on the half of the images that it did not learn from."""
+    made = []
+    channels = {"operations": 0.5, "kinds": ["channels"], "rank": "activation"}
+    blocks = {"count": 7, "rank": "activation"}
+    ends = STAGES[4::5]
+    for what, passes, rate, hidden in (
+        ("2:4", [("prune-sparsegpt", {"m": 4})], 2e-4, STAGES),
+        ("half of the operations, channels", [("prune-structured", channels)], 5e-4, STAGES),
+        ("half of the operations, 7 of 15 blocks", [("prune-layers", blocks)], 1e-3, ends),
+    ):
+        name = f"ResNet-32, {what}"
+        halves = [
+            pieces.of(f"{name}, half {half}", partial(
+                _network, f"{name}, half {half}", passes, rate, hidden, half, folder))
+            for half in (0, 1)
+        ]  # fmt: skip
+        found = [half for half in halves if half]
+        if len(found) < len(halves):
+            continue
+        total = sum(half["images"] for half in found)
+        after, before, pruned = (
+            sum(half[key] for half in found) / total for key in ("right", "base", "pruned")
+        )
+        ours = f"{after:.1%} (each half {_took(found[0])}; {pruned:.1%} untrained)"
+        row = (f"{name}: accuracy", ours, f"{before:.1%}", f"{after - before:+.1%}")
+        made.append(Row(*row, "-1 point or better", after >= before - 0.01))
+        if "operations" in what:
+            made.append(_speed_row(name, found[0]["speed"]))
+    return made
+
+
+def _network(
+    name: str,
+    passes: Sequence[tuple[str, dict[str, Any]]],
+    rate: float,
+    hidden: Sequence[str],
+    half: int,
+    folder: Path,
+) -> dict[str, Any]:
     source = workloads.shared("models/cifar_resnet32.onnx")
     samples = workloads.shared("samples/cifar10_test500.npz")
     if source is None or samples is None:
-        return []
+        return {}
     arrays = np.load(samples)
     images = np.ascontiguousarray(
         ((arrays["x"] / np.float32(255) - MEAN) / STD).transpose(0, 3, 1, 2)
@@ -164,34 +257,23 @@ def network(folder: Path) -> list[Row]:
     labels = arrays["y"]
     order = np.random.default_rng(0).permutation(len(images))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
-    made = []
-    ends = STAGES[4::5]
-    channels = {"operations": 0.5, "kinds": ["channels"], "rank": "activation"}
-    blocks = {"count": 7, "rank": "activation"}
-    single = {"input": images[:1]}
-    for what, passes, rate, hidden in (
-        ("2:4", [("prune-sparsegpt", {"m": 4})], 2e-4, STAGES),
-        ("half of the operations, channels", [("prune-structured", channels)], 1e-3, STAGES),
-        ("half of the operations, 7 of 15 blocks", [("prune-layers", blocks)], 1e-3, ends),
-    ):
-        right = base = 0
-        small = folder / "network.onnx"
-        for own, other in (halves, halves[::-1]):
-            model, took = _tune(
-                source, {"input": images[own]}, passes, steps=600, batch=32, rate=rate,
-                optimizer="adam", hidden=hidden, hidden_weight=0.2, evaluations=6, patience=0,
-                augment=("flip", "shift", "mix", "paste"),
-            )  # fmt: skip
-            _saved(model, small)
-            right += _right(small, images[other], labels[other])
-            base += _right(source, images[other], labels[other])
-        after, before = right / len(labels), base / len(labels)
-        ours = f"{after:.1%} (each half {took})"
-        row = (f"ResNet-32, {what}: accuracy", ours, f"{before:.1%}", f"{after - before:+.1%}")
-        made.append(Row(*row, "-1 point or better", after >= before - 0.01))
-        if "operations" in what:
-            made.append(_faster(f"ResNet-32, {what}", source, small, single))
-    return made
+    own, other = halves if half == 0 else halves[::-1]
+    data = {"input": images[own]}
+    pruned = _pruned(source, passes, data, folder)
+    model, figures = _tune(
+        name, source, data, passes, steps=STEPS, batch=32, rate=rate, optimizer="adam",
+        hidden=tuple(hidden), hidden_weight=0.2, evaluations=6, patience=0,
+        augment=("flip", "shift", "mix", "paste"),
+    )  # fmt: skip
+    small = _saved(model, folder / "network.onnx")
+    return {
+        **figures,
+        "images": len(other),
+        "right": _right(small, images[other], labels[other]),
+        "pruned": _right(pruned, images[other], labels[other]),
+        "base": _right(source, images[other], labels[other]),
+        "speed": _speed(source, small, {"input": images[:1]}),
+    }
 
 
 def _right(path: Path, images: Any, labels: Any) -> int:
@@ -218,7 +300,23 @@ def _session(path: Path) -> Any:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _faster(what: str, source: Path, made: Path, feeds: dict[str, Any]) -> Row:
+def _pruned(
+    source: Path,
+    passes: Sequence[tuple[str, dict[str, Any]]],
+    data: dict[str, Any],
+    folder: Path,
+) -> Path:
+    """The recipe alone."""
+    from trivium.compiler import prepare
+    from trivium.compiler.recipe import Recipe, Step
+
+    recipe = Recipe("benchmark", tuple(Step(name, given) for name, given in passes))
+    count = len(next(iter(data.values())))
+    feeds = [{k: v[i : i + 32] for k, v in data.items()} for i in range(0, count, 32)]
+    return _saved(prepare.optimize(source, recipe, calibration=feeds)[0], folder / "pruned.onnx")
+
+
+def _speed(source: Path, made: Path, feeds: dict[str, Any]) -> dict[str, list[float]]:
     """CPU time of a call in ONNX Runtime on one thread, in turn with the model as it was."""
     small, whole = _session(made), _session(source)
 
@@ -227,11 +325,14 @@ def _faster(what: str, source: Path, made: Path, feeds: dict[str, Any]) -> Row:
         for _ in range(10):
             session.run(None, feeds)
         samples.seconds.append((time.process_time() - started) / 10)
-        samples.peak_bytes.append(0)
 
     ours, peer = in_turn(
         lambda samples: measure(small, samples), lambda samples: measure(whole, samples), runs=9
     )
-    speed, words = ratio(peer.seconds, ours.seconds)
-    row = (f"{what}: times faster", seconds(ours), seconds(peer), words)
-    return Row(*row, "1.6 or more", speed >= 1.6)
+    return {"ours": ours.seconds, "peer": peer.seconds}
+
+
+def _speed_row(what: str, figures: dict[str, list[float]]) -> Row:
+    speed, words = ratio(figures["peer"], figures["ours"])
+    ours, peer = (seconds(Samples(figures[key])) for key in ("ours", "peer"))
+    return Row(f"{what}: times faster", ours, peer, words, "1.6 or more", speed >= 1.6)

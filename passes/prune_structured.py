@@ -11,9 +11,18 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, dims, from_context, is_constant, option
+from trivium.compiler.passing import (
+    Pass,
+    decline,
+    dims,
+    from_context,
+    is_constant,
+    option,
+    sketching,
+)
 from trivium.compiler.types import Preserves
 from trivium.passes.coupling import rank
+from trivium.passes.coupling.reconstruct import reconstruct
 from trivium.passes.coupling.shrink import shrink
 from trivium.passes.coupling.units import KINDS, Group, Units, find
 from trivium.passes.moments import powers
@@ -38,7 +47,8 @@ class PruneStructured(Pass):
     What is added, concatenated, split, reshaped or convolved by groups goes together; of each
     group of such units the least important are removed, so that weights, shapes, group counts and
     head counts really shrink and every engine is faster. The result is the original with what
-    reads the units zeroed.
+    reads the units zeroed; with calibration data the products that read the other units make up
+    for what goes, by least squares (`coupling.reconstruct`).
 
     Left alone: axes that a normalization or a Softmax runs over, that the caller sees (inputs,
     outputs, caches), that are picked or cut by place, or that an operator without a rule touches;
@@ -64,6 +74,12 @@ class PruneStructured(Pass):
         "layer", "Whether the share holds for each group or over all", choices=("layer", "global")
     )
     multiple: int = option(1, "Leave a multiple of this many units, which suits some engines")
+    reconstruct: bool = option(
+        True, "Whether the units that stay make up for those that go, on the calibration data"
+    )
+    max_inputs: int = option(
+        8192, "Products that sum more inputs make up for nothing: the moment is its square"
+    )
     exclude: tuple[str, ...] = option((), layers.EXCLUDE)
 
     calibration: Iterable[Tensors] | None = from_context("calibration")
@@ -99,6 +115,8 @@ class PruneStructured(Pass):
         removed = order(self._ratio(model.graph, units, order))
         if not removed:
             return False
+        if self.reconstruct and self.calibration is not None and not sketching():
+            reconstruct(model, units, removed, self.calibration, largest=self.max_inputs)
         shrink(units, removed)
         RemoveDeadCode()(model)  # constants that were replaced
         before = model.metadata_props.get(DONE)
@@ -120,6 +138,8 @@ class PruneStructured(Pass):
         return group.kind in self.kinds and wide and not self._excluded(readers)
 
     def _scores(self, model: ir.Model, units: Units, groups: list[Group]) -> list[Array]:
+        if sketching():
+            return [np.zeros(len(group.labels)) for group in groups]
         if self.rank == "taylor":
             if self.gradients is None:
                 raise BadInput(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +16,16 @@ from trivium.compiler.passing import Pass, decline, from_context, is_op, option,
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import layers, linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
+from trivium.passes.quantization.choosing import least_error
 from trivium.passes.quantization.insertion import Inserter
-from trivium.passes.quantization.observers import OBSERVERS, Both, ChannelMeans, Observer
+from trivium.passes.quantization.observers import (
+    OBSERVERS,
+    WAYS,
+    Both,
+    ChannelMeans,
+    Observer,
+    ways,
+)
 from trivium.passes.quantization.outlining import Outliner
 from trivium.passes.quantization.placement import DEFAULT, PLACEMENTS, Placement
 from trivium.passes.quantization.planning import Plan, plan
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Spans = tuple[tuple[float, float], ...]
+"""The ranges of one tensor to choose from."""
 
 _TYPES = ("auto", "int8", "uint8", *linear.FLOATS)
 _WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -39,7 +50,9 @@ class QuantizeStatic(Pass):
     the backend compiled for unless ``policy`` names one. Weights are int8, symmetric, by default
     with a scale for each output channel; activations have one scale each, from calibration data
     that is run through the graph once or a few times while only statistics are kept. The model's
-    own inputs and outputs keep their whole range whatever the method.
+    own inputs and outputs keep their whole range whatever the method. ``auto`` tries ``mse``,
+    ``minmax`` and ``percentile`` and takes what keeps the outputs best on some of the data (of data
+    that can be read only once it takes ``mse``).
 
     Left alone: what is quantized already (so that running twice changes nothing), subgraphs,
     weights with NaN or infinity, tensors that the calibration data never reaches or that hold NaN
@@ -89,7 +102,7 @@ class QuantizeStatic(Pass):
         contradiction = {
             "symmetric = 'no'": self.symmetric == "no",
             f"weight_bits = {self.weight_bits}": self.weight_bits != 8,
-            f"method = {self.method!r}": self.method in ("entropy", "mse"),
+            f"method = {self.method!r}": self.method in ("auto", "entropy", "mse"),
             "an integer precision": any(one.bits is not None for one in self._choices()),
         }
         for option_given, given in contradiction.items():
@@ -109,8 +122,40 @@ class QuantizeStatic(Pass):
         _forget_unknown(made, ranges)
         if not made.tensors:
             return False
-        self._inserter(model.graph, placement, means).insert(made, ranges)
+        spans = {root: span[0] for root, span in ranges.items()}
+        if self.method == "auto" and not sketching():
+            spans = self._chosen_spans(model, ranges, means, placement)
+        self._inserter(model.graph, placement, means).insert(made, spans)
         return True
+
+    def _chosen_spans(
+        self,
+        model: ir.Model,
+        ranges: Mapping[ir.Value, Spans],
+        means: Mapping[ir.Node, Array],
+        placement: Placement,
+    ) -> dict[ir.Value, tuple[float, float]]:
+        """Try each way to choose ranges on a copy of the model."""
+        named = {root.name: spans for root, spans in ranges.items()}
+        places = {node: index for index, node in enumerate(model.graph)}
+        at = {places[node]: mean for node, mean in means.items()}
+
+        def quantized(way: int, copy: ir.Model) -> None:
+            nodes = list(copy.graph)
+            made = plan(copy.graph, placement, self._chosen)
+            roots = {made.root(value) for value in made.tensors}
+            found = {root: named[root.name] for root in roots if root.name in named}
+            _forget_unknown(made, found)
+            spans = {root: some[way] for root, some in found.items()}
+            own = {nodes[index]: mean for index, mean in at.items()}
+            self._inserter(copy.graph, placement, own).insert(made, spans)
+
+        feeds = self.calibration
+        if feeds is None or iter(feeds) is feeds:
+            way = 0
+        else:
+            way = least_error(model, feeds, [partial(quantized, index) for index in range(WAYS)])
+        return {root: spans[way] for root, spans in ranges.items()}
 
     def _placement(self) -> Placement:
         name = self.policy
@@ -146,9 +191,9 @@ class QuantizeStatic(Pass):
 
     def _learn(
         self, model: ir.Model, made: Plan, placement: Placement
-    ) -> tuple[dict[ir.Value, tuple[float, float]], dict[ir.Node, Array]]:
+    ) -> tuple[dict[ir.Value, Spans], dict[ir.Node, Array]]:
         """The range of every root that the calibration reached, and what biases have to know."""
-        ranges: dict[ir.Value, tuple[float, float]] = {}
+        ranges: dict[ir.Value, Spans] = {}
         observed = []
         for value in made.tensors:
             if value in made.derived:
@@ -156,11 +201,11 @@ class QuantizeStatic(Pass):
             maker = value.producer()
             known = placement.fixed.get(maker.op_type) if maker is not None else None
             if known is not None:
-                ranges[made.root(value)] = known
+                ranges[made.root(value)] = (known,) * WAYS
             else:
                 observed.append(value)
         if sketching():
-            ranges.update({made.root(value): (-1.0, 1.0) for value in observed})
+            ranges.update({made.root(value): ((-1.0, 1.0),) * WAYS for value in observed})
             return ranges, {}
         averaged = self._averaged(made)
         if not observed and not averaged:
@@ -173,10 +218,9 @@ class QuantizeStatic(Pass):
             elif not observer.seen:
                 decline(value, "the calibration data never reaches it")
             else:
-                low, high = observer.range()
                 root = made.root(value)
-                before = ranges.get(root, (0.0, 0.0))
-                ranges[root] = min(low, before[0]), max(high, before[1])
+                before = ranges.get(root, ((0.0, 0.0),) * WAYS)
+                ranges[root] = tuple(map(_joined, before, ways(observer)))
         means = {}
         for node, value in averaged.items():
             learner = seen.observers[value]
@@ -238,7 +282,11 @@ class QuantizeStatic(Pass):
         return kind(graph, activations, symmetric, self._weight_grid, self.per_channel, means)
 
 
-def _forget_unknown(made: Plan, ranges: dict[ir.Value, tuple[float, float]]) -> None:
+def _joined(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return min(one[0], other[0]), max(one[1], other[1])
+
+
+def _forget_unknown(made: Plan, ranges: Mapping[ir.Value, Any]) -> None:
     """Drop activations without a range, and the weights of operators that read them."""
     lost = {value for value in made.tensors if made.root(value) not in ranges}
     if not lost:

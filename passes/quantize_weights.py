@@ -21,7 +21,8 @@ from trivium.compiler.passing import (
     option,
     sketching,
 )
-from trivium.compiler.types import Preserves
+from trivium.compiler.samples import seeded
+from trivium.compiler.types import Preserves, Workload
 from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
 from trivium.passes.quantization.blocks import Blocks, Form
 from trivium.passes.quantization.moments import Moment
@@ -37,6 +38,12 @@ _BLOCKS = (16, 32, 64, 128, 256, 512)
 _USUAL_BLOCK = 128
 _UNSEEN = "its input is unknown or NaN on the calibration data: rounded without it"
 _CALIBRATED = ("gptq", "awq")
+
+_WINDOWS, _TOKENS = 32, 256
+"""How many samples of how many tokens are drawn where none are given."""
+
+_POSITIVE = ("fpga", "tensorrt")
+"""Backends whose engines take no negative scale."""
 
 _STREAMED_BYTES = 4 << 20
 """From this size on, a weight that lies in a file is rounded to the nearest when it is written."""
@@ -64,10 +71,13 @@ class QuantizeWeights(Pass):
     MatMulNBits and TensorRT into its weight-only kernels: axis 0 of a [K, N] weight; Gemm's
     transposed weights are stored the other way round for it.
 
-    ``rtn`` rounds to the nearest code; ``hqq`` fits the grids to all but the outliers; neither
-    takes data. ``gptq`` and ``awq`` take calibration data, which is run through the graph segment
-    by segment. GPTQ lets the weights that are not yet rounded make up for those that are, and later
-    layers for earlier ones; AWQ first enlarges the weights of the channels that are large.
+    ``rtn`` rounds to the nearest code of the textbook's grid; ``signed`` uses the lowest code too,
+    for the largest value of a block, by scales that may be negative (TensorRT takes none: there it
+    is ``rtn``); ``hqq`` fits the grids to all but the outliers; none of them takes data. ``gptq``
+    and ``awq`` take calibration data, which is run through the graph segment by segment. GPTQ lets
+    the weights that are not yet rounded make up for those that are, and later layers for earlier
+    ones; AWQ first enlarges the weights of the channels that are large. For a model that reads
+    nothing but tokens, random ones stand in for missing data.
 
     One weight is in memory at a time. Large ones that lie in a file are rounded to the nearest when
     the model is written, in stripes; the other methods' results are kept in memory or in a file.
@@ -81,7 +91,9 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     preserves: ClassVar[Preserves] = "lossy"
 
-    method: str = option("rtn", "How weights are rounded", choices=("awq", "gptq", "hqq", "rtn"))
+    method: str = option(
+        "rtn", "How weights are rounded", choices=("awq", "gptq", "hqq", "rtn", "signed")
+    )
     bits: int = option(4, "Bits of a weight", choices=_BITS)
     block_size: int = option(
         128,
@@ -95,7 +107,9 @@ class QuantizeWeights(Pass):
         (), "Layers that differ: NAME=float, NAME=int8, NAME=int4/64; the last match counts"
     )
 
+    backend: str | None = from_context("backend")
     calibration: Iterable[Tensors] | None = from_context("calibration")
+    seed: int | None = from_context("seed")
 
     def __post_init__(self) -> None:
         self._choices()
@@ -108,23 +122,20 @@ class QuantizeWeights(Pass):
         found = self._sized(list(self._weights(model.graph)))
         if not found:
             return False
-        if self.method in _CALIBRATED and self.calibration is None:
-            raise BadInput(
-                f"{self.method} needs representative inputs",
-                about=self.name,
-                remedy="give them with --calib, or use method = 'rtn' or 'hqq'",
-            )
         large = sum(4 * one.elements for one in found) > storing.KEPT
         store = _Store(model, order, large)
         match self.method:
             case "rtn":
                 return store.all(found, blocks.nearest)
+            case "signed":
+                positive = self.backend in _POSITIVE
+                return store.all(found, blocks.nearest if positive else blocks.signed)
             case "hqq":
                 return store.all(found, blocks.half_quadratic)
             case "gptq":
-                return self._by_gptq(model, found, store)
+                return self._by_gptq(model, found, store, self._feeds(model))
             case _:
-                return self._by_awq(model, found, store)
+                return self._by_awq(model, found, store, self._feeds(model))
 
     def _outlined(self, model: ir.Model, order: dict[ir.Node, int]) -> bool:
         """Put the form of quantized weights where they would stand; nothing is read."""
@@ -201,10 +212,26 @@ class QuantizeWeights(Pass):
 
     # --- with data -------------------------------------------------------------------------------
 
-    def _by_gptq(self, model: ir.Model, found: list[Weight], store: _Store) -> bool:
+    def _feeds(self, model: ir.Model) -> Iterable[Tensors]:
+        """What to calibrate on: of a model of tokens any will do, if none are given."""
+        if self.calibration is not None:
+            return self.calibration
+        if not _reads_tokens(model):
+            raise BadInput(
+                f"{self.method} needs representative inputs",
+                about=self.name,
+                remedy="give them with --calib, or use method = 'rtn' or 'hqq'",
+            )
+        decline(model.graph.inputs[0], "no calibration data: random tokens in their place")
+        seed = self.seed if self.seed is not None else 0
+        return seeded(model, Workload(), count=_WINDOWS, seed=seed, size=_TOKENS)
+
+    def _by_gptq(
+        self, model: ir.Model, found: list[Weight], store: _Store, feeds: Iterable[Tensors]
+    ) -> bool:
         """Quantize a segment, then run it as it is now: later ones see what the errors make."""
         modified = False
-        walk, at = self._walk(model, found)
+        walk, at = self._walk(model, found, feeds)
         for segment in walk:
             here = [one for node in segment.nodes for one in at.get(node, ())]
             by_input: dict[ir.Value, list[Weight]] = {}
@@ -221,9 +248,11 @@ class QuantizeWeights(Pass):
         rest = [one for one in found if one.value.uses()]
         return store.all(rest, blocks.searched) or modified
 
-    def _by_awq(self, model: ir.Model, found: list[Weight], store: _Store) -> bool:
+    def _by_awq(
+        self, model: ir.Model, found: list[Weight], store: _Store, feeds: Iterable[Tensors]
+    ) -> bool:
         """Learn the factors on the float graph, then scale, then round."""
-        walk, at = self._walk(model, found)
+        walk, at = self._walk(model, found, feeds)
         wanted = {node: one.form for one in found for node in one.readers}
         sites = activation_aware.sites(model.graph, wanted)
         importance: dict[ir.Value, Array] = {}
@@ -256,10 +285,9 @@ class QuantizeWeights(Pass):
         return modified
 
     def _walk(
-        self, model: ir.Model, found: list[Weight]
+        self, model: ir.Model, found: list[Weight], feeds: Iterable[Tensors]
     ) -> tuple[Walk, dict[ir.Node, list[Weight]]]:
         """A walk with a segment for each input of weights; the weights by their first reader."""
-        assert self.calibration is not None
         graph = model.graph
         at: dict[ir.Node, list[Weight]] = {}
         first: dict[ir.Value, ir.Node] = {}
@@ -275,7 +303,20 @@ class QuantizeWeights(Pass):
             assert value is not None
             first[value] = min(first.get(value, node), node, key=order.__getitem__)
         observed = list(first)
-        return Walk(model, self.calibration, observed, cuts=set(first.values())), at
+        return Walk(model, feeds, observed, cuts=set(first.values())), at
+
+
+def _reads_tokens(model: ir.Model) -> bool:
+    """Whether all inputs are integers, one of them the rows to take from a stored table."""
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    tables = [
+        node
+        for value in inputs
+        for node, index in value.uses()
+        if is_op(node, "Gather") and index == 1 and is_constant(node.inputs[0])
+    ]
+    whole = all(value.dtype is not None and value.dtype.is_integer() for value in inputs)
+    return bool(tables) and whole
 
 
 def _others(one: Weight, node: ir.Node) -> tuple[ir.Node, ...]:
@@ -305,8 +346,10 @@ class _Store:
             tensor = one.value.const_value
             assert tensor is not None
             filed = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
-            if quantize is blocks.nearest and filed and tensor.nbytes >= _STREAMED_BYTES:
-                self.put(one, storing.streamed(one.value, one.readers[0], one.form))
+            rounds = quantize in (blocks.nearest, blocks.signed)
+            if rounds and filed and tensor.nbytes >= _STREAMED_BYTES:
+                signed = quantize is blocks.signed
+                self.put(one, storing.streamed(one.value, one.readers[0], one.form, signed=signed))
                 modified = True
             elif self.large and filed:
                 self.put(one, deferred.parts(one.value, one.readers[0], one.form, quantize))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import weight
+from trivium.compiler.passing import outline, sketching, weight
 from trivium.passes.coupling.units import Units
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -51,6 +51,8 @@ def _smaller(tensor: ir.TensorProtocol, axes: dict[int, Array]) -> ir.TensorProt
     shape = list(tensor.shape.numpy())
     for axis, keep in axes.items():
         shape[axis] = int(keep.sum())
+    if sketching():
+        return outline(tensor.dtype, shape)
     if not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)):
         return _cut(tensor, axes)
     made = partial(_cut, tensor, axes)

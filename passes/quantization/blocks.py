@@ -94,6 +94,23 @@ def nearest(matrix: Array, form: Form) -> Blocks:
     return made
 
 
+def signed(matrix: Array, form: Form) -> Blocks:
+    """Round to the nearest of all codes, by scales that may be negative (`linear.fit_signed`).
+
+    Asymmetric blocks use all codes anyway.
+    """
+    if not form.symmetric:
+        return nearest(matrix, form)
+    made = _empty(matrix, form)
+    for rows, blocks in _stripes(matrix, form):
+        part = matrix[rows]
+        edges = np.arange(0, len(part), form.block_size)
+        low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
+        scale = linear.fit_signed(low, high, form.codes)
+        _fill(made, part, rows, blocks, scale, np.zeros(scale.shape, np.int64), form.codes)
+    return made
+
+
 def searched(matrix: Array, form: Form, importance: Array | None = None) -> Blocks:
     """Round to the nearest code of the grid that has the least squared error in each block.
 

@@ -115,6 +115,25 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
     return scale.astype(np.float32), zero.astype(np.int64)
 
 
+def fit_signed(low: Array, high: Array, to: Grid) -> Array:
+    """Fit all codes of a signed grid to ranges: the largest value becomes the lowest code.
+
+    ``scale = max|x| / 2^(b-1)``, negative where the largest value is positive: a step is smaller
+    than the textbook's by 1 / 2^(b-1). ONNX Runtime and llama.cpp (Q4_0) do so too.
+
+    Args:
+        low, high: Least and largest value, elementwise.
+        to: The grid, its lowest code included; the zero point is 0.
+
+    Returns:
+        Scales (float32, never 0).
+    """
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    scale = np.where(high > -low, high, low) / to.low
+    small = np.abs(scale) < np.finfo(np.float32).tiny
+    return np.where(small, 1.0 / (to.high - to.low), scale).astype(np.float32)
+
+
 def quantize(values: Array, scale: Array, zero: Array | int, to: Grid) -> Array:
     """Return the codes of ``values`` as QuantizeLinear computes them; arguments broadcast."""
     # An array even for a scalar, which numpy would not write back into.

@@ -24,6 +24,9 @@ MOMENTUM = 0.9
 QUANTILE = 0.99999
 """Share of the values that the percentile method keeps."""
 
+WAYS = 3
+"""How many ranges there are to choose from."""
+
 
 class Observer(Protocol):
     """Learns the range of a tensor.
@@ -169,6 +172,16 @@ class Histogram(MinMax):
         folded: Array = self.counts[BINS:] + self.counts[:BINS][::-1]
         return folded
 
+    def quantiles(self) -> tuple[float, float]:
+        """The range of `QUANTILE` of the values."""
+        if self.limit == 0.0:
+            return MinMax.range(self)
+        counts = self.counts.copy()
+        counts[BINS] += self.zeros
+        edges = np.linspace(-self.limit, self.limit, 2 * BINS + 1)
+        low, high = thresholds.quantiles(counts, edges, QUANTILE)
+        return max(self.low, low), min(self.high, high)
+
     def clipped(self, threshold: float) -> tuple[float, float]:
         """The range seen, as far as it lies within ``threshold`` of zero."""
         return max(self.low, -threshold), min(self.high, threshold)
@@ -195,13 +208,7 @@ class Percentile(Histogram):
     """The range that leaves out the same small share of the values at either end."""
 
     def range(self) -> tuple[float, float]:
-        if self.limit == 0.0:
-            return super().range()
-        counts = self.counts.copy()
-        counts[BINS] += self.zeros
-        edges = np.linspace(-self.limit, self.limit, 2 * BINS + 1)
-        low, high = thresholds.quantiles(counts, edges, QUANTILE)
-        return max(self.low, low), min(self.high, high)
+        return self.quantiles()
 
 
 @observer("mse")
@@ -213,6 +220,21 @@ class MeanSquaredError(Histogram):
             return super().range()
         middles = (np.arange(2 * BINS) + 0.5 - BINS) * (self.limit / BINS)
         return thresholds.least_squares(self.counts, middles, (self.low, self.high), self.codes)
+
+
+@observer("auto")
+class Several(MeanSquaredError):
+    """Ranges chosen in several ways, of which the pass takes the best."""
+
+    def ways(self) -> tuple[tuple[float, float], ...]:
+        """By the least squared error; all of it; by the share of the values."""
+        return self.range(), MinMax.range(self), self.quantiles()
+
+
+def ways(one: Observer) -> tuple[tuple[float, float], ...]:
+    """The ranges to choose from: the one of the method, unless that has several."""
+    inner = one.first if isinstance(one, Both) else one
+    return inner.ways() if isinstance(inner, Several) else (one.range(),) * WAYS
 
 
 class Channels(Stored):

@@ -98,14 +98,20 @@ def eager(made: Blocks) -> list[ir.TensorProtocol]:
     return parts if made.form.symmetric else [*parts, packed(made.zeros, made.form)]
 
 
-def streamed(value: ir.Value, reader: ir.Node, form: Form) -> list[ir.TensorProtocol]:
-    """The parts of a weight that is rounded to the nearest while it is written."""
+def streamed(
+    value: ir.Value, reader: ir.Node, form: Form, *, signed: bool
+) -> list[ir.TensorProtocol]:
+    """The parts of a weight that is rounded to the nearest while it is written.
+
+    Args:
+        signed: Whether all codes are used, by scales that may be negative.
+    """
     tensor = value.const_value
     assert tensor is not None
     return BlockedWeight(
         tensor,
         transposed=transposed(reader),
-        grid=form.textbook,
+        grid=form.codes if signed else form.textbook,
         block_size=form.block_size,
         symmetric=form.symmetric,
         name=value.name or "weight",

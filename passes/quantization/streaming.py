@@ -32,7 +32,7 @@ class BlockedWeight:
 
     Args:
         tensor: Float; [N, K] if ``transposed``.
-        grid: Of the codes.
+        grid: Of the codes. If symmetric and with its lowest code, scales may be negative.
     """
 
     def __init__(
@@ -137,7 +137,8 @@ class BlockedWeight:
         if missing:
             part = np.pad(part, ((0, 0), (0, missing)), mode="edge")
         blocks = part.reshape(count, -1, self._block)
-        if self._symmetric and self._grid.signed:
+        negative = self._symmetric and self._grid.low == -self._grid.high - 1
+        if self._symmetric and self._grid.signed and not negative:
             high = _reduce(np.maximum, np.abs(blocks))
             low = -high
         else:
@@ -148,12 +149,19 @@ class BlockedWeight:
                 about=f"weight {self._name!r}",
                 remedy="repair the checkpoint, or name the layer in the pass's option exclude",
             )
-        scale, zero = linear.fit(low, high, self._grid, symmetric=self._symmetric)
+        zero = np.zeros(low.shape, np.int64)
+        if negative:
+            scale = linear.fit_signed(low, high, self._grid)
+        else:
+            scale, zero = linear.fit(low, high, self._grid, symmetric=self._symmetric)
         if self._symmetric and self._grid.signed:
-            # What `linear.quantize` computes: nothing to shift, and the largest value is the
-            # last code.
+            # What `linear.quantize` computes: nothing to shift and, unless scales may be
+            # negative, the largest value is the last code.
             ratio = np.divide(blocks, scale[:, :, None])
-            codes = np.rint(ratio, out=ratio).astype(np.int8)
+            np.rint(ratio, out=ratio)
+            if negative:
+                np.minimum(ratio, self._grid.high, out=ratio)
+            codes = ratio.astype(np.int8)
         else:
             codes = linear.quantize(blocks, scale[:, :, None], zero[:, :, None], self._grid)
         first = top // self._block

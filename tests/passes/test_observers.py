@@ -175,6 +175,6 @@ def test_mse_is_near_the_best_of_a_search(draw: str, codes: int) -> None:
 
 
 def test_two_observers_cannot_share_a_name() -> None:
-    assert set(OBSERVERS) == {"minmax", "entropy", "moving-average", "percentile", "mse"}
+    assert set(OBSERVERS) == {"minmax", "entropy", "moving-average", "percentile", "mse", "auto"}
     with pytest.raises(ValueError, match="two entries for minmax"):
         observer("minmax")(MinMax)

@@ -19,7 +19,8 @@ from tests.property.graphs import run
 from trivium.compiler import model as models
 from trivium.compiler import prepare, recipe
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import declining, dims
+from trivium.compiler.passing import declining, dims, sketched
+from trivium.passes.coupling.reconstruct import least_squares
 from trivium.passes.coupling.shrink import shrink
 from trivium.passes.coupling.units import Units, find
 from trivium.passes.prune_structured import PruneStructured
@@ -344,7 +345,8 @@ def test_activations_decide() -> None:
         w2=np.ones((4, 2), np.float32),
     )
     x = np.tile(np.array([[1, 9, 2, 8]], np.float32), (3, 1))
-    PruneStructured(rank="activation", ratio=0.5, calibration=[{"x": x}])(made)
+    one = PruneStructured(rank="activation", ratio=0.5, reconstruct=False, calibration=[{"x": x}])
+    assert one(made).modified
     np.testing.assert_allclose(run(made, {"x": x})[0], [[17, 17]] * 3)
 
 
@@ -373,3 +375,65 @@ def test_bad_options_are_refused() -> None:
         PruneStructured(rank="taylor")(build("residual"))
     with pytest.raises(BadInput, match="representative inputs"):
         PruneStructured(rank="activation")(build("residual"))
+
+
+# --- what stays makes up for what goes -----------------------------------------------------------
+
+
+def test_least_squares_is_numpys() -> None:
+    x = draw(400, 24, seed=1) @ draw(24, 24, seed=2)
+    matrix, gone = draw(24, 5), np.arange(24) % 3 == 0
+    made = least_squares(matrix, gone, x.T @ x)
+    assert (made[gone] == 0).all()
+    best, *_ = np.linalg.lstsq(x[:, ~gone], x @ matrix, rcond=None)
+    own = np.linalg.norm(x @ made - x @ matrix)
+    assert own <= 1.02 * np.linalg.norm(x[:, ~gone] @ best - x @ matrix)
+    assert own < 0.8 * np.linalg.norm(x @ np.where(gone[:, None], 0, matrix) - x @ matrix)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Gemm"])
+def test_units_that_stay_make_up_for_those_that_go(kind: str) -> None:
+    if kind == "Conv":
+        text = (
+            "(float[n,6,9,9] x, float[16,6,3,3] a, float[8,16,3,3] b) => (y) "
+            "{ h = Conv (x, a) r = Relu (h) y = Conv <pads = [1,1,1,1]> (r, b) }"
+        )
+        weights = {"a": draw(16, 6, 3, 3), "b": draw(8, 16, 3, 3, seed=1)}
+        feeds = [{"x": draw(1, 6, 9, 9, seed=seed)} for seed in range(2, 42)]
+    else:
+        text = (
+            "(float[n,12] x, float[12,32] a, float[9,32] b) => (y) "
+            "{ h = MatMul (x, a) r = Relu (h) y = Gemm <transB = 1> (r, b) }"
+        )
+        weights = {"a": draw(12, 32), "b": draw(9, 32, seed=1)}
+        feeds = [{"x": draw(1, 12, seed=seed)} for seed in range(2, 302)]
+    unseen = {"x": np.concatenate([f["x"] for f in feeds[-20:]])}
+    errors = []
+    for reconstruct in (True, False):
+        made = model(text, **weights)
+        (want,) = run(made, unseen)
+        one = PruneStructured(ratio=0.25, reconstruct=reconstruct, calibration=feeds[:-20])
+        assert one(made).modified
+        assert not one(made).modified
+        errors.append(float(np.linalg.norm(run(made, unseen)[0] - want)))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_sketch_has_the_shapes_and_reads_nothing() -> None:
+    text = (
+        "(float[n,12] x, float[12,32] a, float[32,9] b) => (y) "
+        "{ h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
+    )
+    made, whole = (model(text, a=draw(12, 32), b=draw(32, 9)) for _ in range(2))
+
+    def unread() -> ir.TensorProtocol:
+        raise AssertionError("a sketch read a weight")
+
+    for value in made.graph.initializers.values():
+        value.const_value = ir.LazyTensor(unread, ir.DataType.FLOAT, value.shape)  # type: ignore[arg-type]  # it has a shape
+    feeds = [{"x": draw(4, 12)}]
+    with sketched():
+        assert PruneStructured(rank="activation", calibration=iter([]))(made).modified
+    assert PruneStructured(rank="activation", calibration=feeds)(whole).modified
+    for name, value in whole.graph.initializers.items():
+        assert made.graph.initializers[name].const_value.shape == value.const_value.shape  # type: ignore[union-attr]  # stored

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 
 import trivium
+from tests.passes.helpers import model as parsed
 from trivium.compiler import model, prepare, recipe, reference
 from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import Declined, constant, declining
@@ -309,3 +310,36 @@ def test_recipe_compiles_for_this_cpu(
     verification: Mapping[str, Any] = artifact.manifest["verification"]
     assert verification["status"] == "passed"
     assert 0 < verification["max_abs_error"] < 0.2
+
+
+@pytest.mark.parametrize("tail", [0.0, 30.0])
+def test_auto_keeps_the_outputs_as_well_as_the_better_way(tail: float) -> None:
+    """A rare large value counts in one model, and is a nuisance in the other."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((16, 8)).astype(np.float32)
+    rare = rng.standard_normal((64, 16)).astype(np.float32)
+    rare[7] *= 1 + tail
+    feeds = [{"x": row[None]} for row in rare]
+    errors = {}
+    for method in ("minmax", "mse", "percentile", "auto"):
+        made = parsed(
+            "(float[n,16] x, float[16,16] v, float[16,8] w) => (y) "
+            "{ h = MatMul (x, v) r = Relu (h) y = MatMul (r, w) }",
+            v=np.eye(16, dtype=np.float32), w=w,
+        )  # fmt: skip
+        want = reference.run_model(made, feeds).outputs
+        assert QuantizeStatic(method=method, calibration=feeds)(made).modified
+        have = reference.run_model(made, feeds).outputs
+        errors[method] = sum(
+            float(np.square(a["y"] - b["y"]).sum()) for a, b in zip(want, have, strict=True)
+        )
+    assert errors["auto"] <= min(errors.values())
+
+
+def test_auto_takes_data_that_can_be_read_only_once() -> None:
+    made = parsed(
+        "(float[n,16] x, float[16,8] w) => (y) { y = MatMul (x, w) }",
+        w=np.ones((16, 8), np.float32),
+    )
+    feeds = iter([{"x": np.ones((1, 16), np.float32)}, {"x": np.zeros((1, 16), np.float32)}])
+    assert QuantizeStatic(method="auto", calibration=feeds)(made).modified

@@ -16,6 +16,7 @@ from trivium.compiler import model as models
 from trivium.compiler import recipe, reference
 from trivium.compiler.errors import BadInput
 from trivium.compiler.evaluate import evaluate
+from trivium.compiler.passing import declining, weight
 from trivium.passes.quantization import block_sizes, blocks, gptq, moments, scaling, storing
 from trivium.passes.quantization.blocks import Form
 from trivium.passes.quantize_weights import QuantizeWeights
@@ -46,6 +47,29 @@ def test_a_search_never_loses_to_rounding(form: Form) -> None:
     assert nearest.codes.max() <= form.textbook.high
     for made in (nearest, searched):
         assert len(np.unique(made.codes)) <= 2**form.bits
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.symmetric], ids=str)
+def test_signed_scales_make_finer_steps(form: Form) -> None:
+    matrix = draw(96, 24) ** 3
+    made, nearest = blocks.signed(matrix, form), blocks.nearest(matrix, form)
+    parts = [matrix[i : i + form.block_size] for i in range(0, 96, form.block_size)]
+    for part, scale in zip(parts, made.scales, strict=True):
+        extreme = np.take_along_axis(part, np.abs(part).argmax(axis=0)[None], axis=0)[0]
+        np.testing.assert_allclose(scale, extreme / -(2.0 ** (form.bits - 1)), rtol=1e-6)
+    # A value at the other end is off by up to a step: there is no code for it.
+    steps = np.repeat(np.abs(made.scales), form.block_size, axis=0)[:96]
+    assert (np.abs(made.restored() - matrix) <= steps * (1 + 1e-4)).all()
+    assert (np.abs(made.scales) < nearest.scales).all()
+    assert np.linalg.norm(made.restored() - matrix) < np.linalg.norm(nearest.restored() - matrix)
+
+
+def test_no_scale_is_negative_where_the_engine_takes_none() -> None:
+    for backend, negative in (("onnxruntime", True), ("tensorrt", False)):
+        made, _ = gated()
+        assert QuantizeWeights(method="signed", min_elements=1, backend=backend)(made).modified
+        scales = [weight(n.inputs[1]) for n in made.graph if n.op_type == "DequantizeLinear"]
+        assert any((scale < 0).any() for scale in scales if scale is not None) == negative
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -257,6 +281,24 @@ def test_data_is_asked_for_and_nan_is_survived() -> None:
     data[0]["x"][:] = np.nan
     assert QuantizeWeights(method="gptq", block_size=32, calibration=data)(made).modified
     assert ops(made)["DequantizeLinear"] == 3
+
+
+def test_random_tokens_stand_in_for_missing_data() -> None:
+    errors = {}
+    for method in ("rtn", "gptq"):
+        made = model(
+            "(int64[batch, sequence] ids, float[50,128] table, float[128,64] w) => (y) "
+            "{ h = Gather (table, ids) y = MatMul (h, w) }",
+            table=inputs(50, 128), w=draw(128, 64, seed=9),
+        )  # fmt: skip
+        data = [{"ids": np.random.default_rng(0).integers(0, 50, (1, 32))}]
+        before = reference.run_model(made, data)
+        one = QuantizeWeights(method=method, bits=3, block_size=32, min_elements=4000)
+        with declining() as notes:
+            assert one(made).modified
+        assert any("random tokens" in str(note) for note in notes) == (method == "gptq")
+        errors[method] = drift(before, reference.run_model(made, data))
+    assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

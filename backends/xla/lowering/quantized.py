@@ -241,7 +241,9 @@ _PRODUCTS: dict[str, Callable[[Op, Quantized | None, Quantized], Any | None]] = 
 
 
 def straight_through(op: Op, results: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The value of DequantizeLinear(QuantizeLinear(x)) with the gradient of clipping ``x``."""
+    """The value of DequantizeLinear(QuantizeLinear(x)) with the gradient of clipping ``x``, and for
+    the scale that of LSQ (Esser et al., 2020).
+    """
     node = op.node
     if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
         return results
@@ -262,7 +264,8 @@ def straight_through(op: Op, results: tuple[Any, ...]) -> tuple[Any, ...]:
     )
     factor = aligned(jnp.asarray(scale), x, axis, block)
     offset: Any = 0 if zero is None else aligned(jnp.asarray(zero), x, axis, block).astype(x.dtype)
-    low = (float(limits.min) - offset) * factor
-    high = (float(limits.max) - offset) * factor
-    inside = jnp.clip(x, low.astype(x.dtype), high.astype(x.dtype)).astype(y.dtype)
-    return (inside + lax.stop_gradient(y - inside),)
+    low, high = (jnp.asarray(float(end) - offset, x.dtype) for end in (limits.min, limits.max))
+    ratio = jnp.clip(x / factor.astype(x.dtype), low, high)
+    wide = factor.astype(y.dtype)
+    made = (ratio.astype(y.dtype) + lax.stop_gradient(y / wide - ratio.astype(y.dtype))) * wide
+    return (made + lax.stop_gradient(y - made),)

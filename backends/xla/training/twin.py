@@ -3,8 +3,9 @@
 A weight that the graph stores as integers (a DequantizeLinear of a constant) becomes a *latent*
 float of the same shape. What the twin computes with is that latent rounded to the recipe's grid,
 with gradients straight through the rounding; so training sees exactly the numbers that the
-quantized model will hold, and `write_back` only has to store the codes. Scales may learn too, as a
-factor on what the recipe chose; their gradient is that of LSQ (Esser et al., 2020).
+quantized model will hold, and `write_back` only has to store the codes. Scales, of activations too,
+may learn as well, as a factor on what the recipe chose, by the gradient of LSQ (Esser et al.,
+2020). The scale of a bias that is stored as integers follows that of the activation.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Grid:
         low, high: The least and the largest code that the recipe used: a grid of 3 bits may be
             stored in 4.
         trains_scale: Whether the scale belongs to this weight alone.
+        follows: The scale of the activation, by name, whose factor this scale takes as well.
     """
 
     codes: ir.Value
@@ -53,6 +55,7 @@ class Grid:
     low: float
     high: float
     trains_scale: bool
+    follows: str = ""
 
     def values(self, latent: Any, scale: Any) -> Any:
         """The latent on the grid, with gradients through the rounding."""
@@ -101,6 +104,7 @@ class Twin:
         start: Trainable parameters by name.
         fixed: The other constants.
         grids: Of the parameters that are stored quantized.
+        activations: Initializers of the model that are scales of activations, by name, if trained.
     """
 
     model: ir.Model
@@ -109,6 +113,7 @@ class Twin:
     start: Parameters
     fixed: Parameters
     grids: Mapping[str, Grid]
+    activations: Mapping[str, ir.Value]
 
     def weights(self, parameters: Parameters, masks: Mapping[str, Any]) -> Parameters:
         """What the graph computes with: parameters on their grids, zeros where masks say."""
@@ -128,12 +133,18 @@ class Twin:
     ) -> dict[str, Any]:
         """Compute the graph's outputs."""
         weights = {**self.fixed, **self.weights(parameters, masks)}
-        return self.lowered.function(weights, feeds)
+        return self.lowered.function(weights, {**feeds, **self._activation_scales(parameters)})
+
+    def _activation_scales(self, parameters: Parameters) -> dict[str, Any]:
+        return {
+            name: self.fixed[name + SCALE] * jnp.exp(parameters[name + SCALE])
+            for name in self.activations
+        }
 
     def scale(self, name: str, parameters: Parameters) -> Any:
         """The scale of a quantized weight as training has it."""
         stored = self.fixed[name + SCALE]
-        factor = parameters.get(name + SCALE)
+        factor = parameters.get((self.grids[name].follows or name) + SCALE)
         return stored if factor is None else stored * jnp.exp(factor)
 
     def write_back(self, parameters: Parameters, masks: Mapping[str, Any]) -> None:
@@ -150,8 +161,10 @@ class Twin:
                 continue
             scale = self.scale(name, parameters)
             _store(grid.codes, np.asarray(grid.coded(value, scale)))
-            if name + SCALE in parameters:
+            if (grid.follows or name) + SCALE in parameters:
                 _store(grid.scale, np.asarray(scale))
+        for name, scale in self._activation_scales(parameters).items():
+            _store(self.activations[name], np.asarray(scale))
         gradients.write_back(self.model, floats)
 
 
@@ -172,7 +185,7 @@ def twin(
             the weight itself rather than from the middle of its cell: it knows which of its
             neighbours on the grid is nearer.
         freeze: Names of weights to leave alone.
-        scales: Whether to train the scales of weights.
+        scales: Whether to train the scales of weights and activations.
         taps: Values to return besides the outputs, by the name to call them.
         logits: Whether to return what a Softmax at the end reads, in its place.
 
@@ -185,10 +198,13 @@ def twin(
     fixed: Parameters = {}
     grids: dict[str, Grid] = {}
     mine = ir.convenience.create_value_mapping(model.graph)
+    activations = _activation_scales(copy, mine) if scales else {}
     for node in list(copy.graph.all_nodes()):
         if node.op_type != "DequantizeLinear" or node.domain or not is_constant(node.inputs[0]):
             continue
-        _replace(node, copy.graph, mine, originals, start, fixed, grids, scales)
+        _replace(node, copy.graph, mine, originals, start, fixed, grids, scales, activations)
+    for name in activations:
+        _let_in(copy.graph, name, start, fixed)
     tap(copy, taps or {})
     if logits:
         expose_logits(copy)
@@ -199,7 +215,11 @@ def twin(
         value = lowered.places[name]
         wanted = is_float(array.dtype) and is_trainable(value, array) and array.dtype != np.float64
         (start if wanted else fixed)[name] = jnp.asarray(array)
-    frozen = [name for name in start if any(fnmatchcase(name, pattern) for pattern in freeze)]
+    frozen = [
+        name
+        for name in start
+        if not name.endswith(SCALE) and any(fnmatchcase(name, pattern) for pattern in freeze)
+    ]
     for name in frozen:
         latent = start.pop(name)
         if name in grids:
@@ -214,7 +234,7 @@ def twin(
             about=model.graph.name or "model",
             remedy="look at --freeze" if frozen else "",
         )
-    return Twin(model, copy, lowered, start, fixed, grids)
+    return Twin(model, copy, lowered, start, fixed, grids, activations)
 
 
 def _replace(
@@ -226,6 +246,7 @@ def _replace(
     fixed: Parameters,
     grids: dict[str, Grid],
     scales: bool,
+    activations: Mapping[str, ir.Value],
 ) -> None:
     """Put a float initializer in the place of a DequantizeLinear of a constant."""
     codes, scale = node.inputs[0], node.inputs[1]
@@ -248,6 +269,7 @@ def _replace(
         int(attribute(node, "block_size", 0)),
         *((-(2.0**31), 2.0**31) if wide else (float(plain.min()), float(plain.max()))),
         len(scale.uses()) == 1 and not _on_integers(node),
+        _followed(node, activations) if wide else "",
     )
     centred = plain if offsets is None else plain - np.asarray(grid._spread(offsets, plain.shape))
     latent = centred * np.asarray(grid._spread(factors, plain.shape))
@@ -266,6 +288,53 @@ def _replace(
         start[name + SCALE] = jnp.zeros(factors.shape, "float32")
 
 
+def _activation_scales(model: ir.Model, mine: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Scales of activations that may learn: every integer bias behind one can follow it."""
+    found: dict[str, ir.Value] = {}
+    fixed: set[str] = set()
+    for node in model.graph.all_nodes():
+        scale = node.inputs[1] if len(node.inputs) > 1 else None
+        name = scale.name or "" if scale is not None else ""
+        quantizes = node.op_type == "QuantizeLinear" and not node.domain
+        if quantizes and name in model.graph.initializers:
+            found[name] = mine[name]
+        if node.op_type != "DequantizeLinear" or node.domain or node.inputs[0] is None:
+            continue
+        if not is_constant(node.inputs[0]) or node.inputs[0].dtype != ir.DataType.INT32:
+            continue
+        sources = _sources(node)
+        if len(sources) > 1 or scale is None or len(scale.uses()) > 1:
+            fixed |= sources
+    return {name: value for name, value in found.items() if name not in fixed}
+
+
+def _let_in(graph: ir.Graph, name: str, start: Parameters, fixed: Parameters) -> None:
+    """Make a stored scale an input: as a constant it would be compiled in."""
+    value = graph.initializers.pop(name)
+    stored = weight(value)
+    assert stored is not None
+    value.const_value = None
+    graph.inputs.append(value)
+    fixed[name + SCALE] = jnp.asarray(stored, "float32")
+    start[name + SCALE] = jnp.zeros(stored.shape, "float32")
+
+
+def _sources(node: ir.Node) -> set[str]:
+    """The scales of the activations that the products with a stored bias read."""
+    found = set()
+    for reader, index in node.outputs[0].uses():
+        maker = producer(reader.inputs[0], "DequantizeLinear") if index == 2 else None
+        scale = maker.inputs[1] if maker is not None else None
+        found.add(scale.name or "" if scale is not None else "")
+    return found
+
+
+def _followed(node: ir.Node, activations: Mapping[str, ir.Value]) -> str:
+    """The scale that an integer bias goes with, if that learns."""
+    sources = _sources(node) & set(activations)
+    return next(iter(sources), "")
+
+
 def _on_integers(node: ir.Node) -> bool:
     """Whether a product of the weight has a quantized activation too: its bias is then stored on a
     grid that both scales make, and engines do not look at another.
@@ -277,15 +346,22 @@ def _on_integers(node: ir.Node) -> bool:
 def _nearest(
     centre: Array, name: str, originals: Mapping[str, ir.Value], grid: Grid, scale: Array
 ) -> Array:
-    """The point of each code's cell that is nearest to the weight of the source model."""
+    """The point of each code's cell that is nearest to the weight of the source model.
+
+    A code that was chosen against rounding (GPTQ does so) starts from the middle of its cell: at
+    the edge, the first update would undo the choice.
+    """
     stem = name.removesuffix("_quantized")
     found = weight(originals.get(stem))
     if found is None:
         return centre
     for array in (found, found.T):
         if array.shape == centre.shape:
-            reach = np.asarray(grid._spread(scale, centre.shape)) * np.float32(0.49)
-            return np.asarray(np.clip(array.astype(np.float32), centre - reach, centre + reach))
+            step = np.abs(np.asarray(grid._spread(scale, centre.shape)))
+            off = array.astype(np.float32) - centre
+            rounded = np.abs(off) <= np.float32(0.501) * step
+            reach = np.float32(0.49) * step
+            return np.asarray(centre + np.where(rounded, np.clip(off, -reach, reach), 0))
     return centre
 
 

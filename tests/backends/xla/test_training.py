@@ -111,12 +111,22 @@ def test_static_int8_trains_weights_and_biases_through_its_rounding() -> None:
         if value.dtype == ir.DataType.INT32
     )
     assert bias.const_value is not None
-    plain, _ = prepare.optimize(network(), "int8", calibration=[{"x": data["x"]}])
+    plain, _ = prepare.optimize(network(), "int8-entropy", calibration=[{"x": data["x"]}])
     scales = {n: weight(v) for n, v in tuned.model.graph.initializers.items() if "scale" in n}
     for name, value in scales.items():
-        # The scales of activations and of what meets them stay: biases are stored on both.
         assert value is not None
         assert np.isfinite(value).all(), name
+    for node in tuned.model.graph:
+        # Activations' scales have learned, and biases lie on the grid that both scales make.
+        if node.op_type == "Gemm":
+            x, w, b = (weight(v.producer().inputs[1]) for v in node.inputs)
+            assert x is not None
+            assert w is not None
+            assert b is not None
+            np.testing.assert_allclose(b, x * w, rtol=1e-5)
+    frozen = tune(network(), data, recipe=coarse, rate=3e-3, scales=False, steps=1).model
+    before = weight(frozen.graph.initializers["x_scale"])
+    assert scales["x_scale"] != before
     assert set(scales) == {n for n in plain.graph.initializers if "scale" in n}
 
 
