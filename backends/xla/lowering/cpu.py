@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from trivium.backends.xla.lowering.dimensions import is_symbolic
 from trivium.backends.xla.lowering.lazy import jnp, lax
 
 Padding = Sequence[tuple[int, int]]
@@ -24,6 +25,10 @@ _MOST_TAPS = 64
 
 _MOST_SPLITS = 8
 """Groups up to which each is a convolution of its own."""
+
+_NARROW, _MOST_PIXELS = 16, 1 << 13
+"""Channels from and to which, and padded pixels up to which, a 3x3 convolution is one product: so
+ResNet-20 on CIFAR takes 8% less time. With 32 channels it took more."""
 
 
 def grouped_convolution(
@@ -50,6 +55,41 @@ def grouped_convolution(
         ]
         return jnp.concatenate(each, 1)
     return None
+
+
+def narrow_convolution(
+    x: Any, w: Any, strides: Sequence[int], padding: Padding, dilations: Sequence[int]
+) -> Any | None:
+    """A convolution to few channels in ONNX's layout; None where XLA's own is as good.
+
+    With as many columns as there are channels the product behind a convolution has too few to be
+    fast. So all positions of the window are columns of one product over the pixels, and what each
+    of them adds to which output is a shifted slice of it.
+    """
+    outputs, taps = w.shape[0], prod(w.shape[2:])
+    plain = x.ndim == 4 and taps == 9 and max(strides) == 1 and x.dtype == w.dtype == np.float32
+    if not plain or not outputs == x.shape[1] == _NARROW:
+        return None
+    sizes = [
+        size + before + after for size, (before, after) in zip(x.shape[2:], padding, strict=True)
+    ]
+    if any(is_symbolic(size) for size in sizes) or prod(sizes) > _MOST_PIXELS:
+        return None
+    zero = np.zeros((), x.dtype)
+    edges = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
+    x = lax.pad(jnp.moveaxis(x, 1, -1), zero, edges)
+    weights = jnp.transpose(w, (1, 2, 3, 0)).reshape(w.shape[1], taps * outputs)
+    parts = jnp.reshape(x @ weights, (*x.shape[:-1], taps, outputs))
+    counts = [
+        size - (window - 1) * dilation
+        for size, window, dilation in zip(sizes, w.shape[2:], dilations, strict=True)
+    ]
+    shifted = []
+    for index, (row, column) in enumerate(product(*map(range, w.shape[2:]))):
+        first = (0, row * dilations[0], column * dilations[1], index, 0)
+        last = (x.shape[0], first[1] + counts[0], first[2] + counts[1], index + 1, outputs)
+        shifted.append(lax.squeeze(lax.slice(parts, first, last), (3,)))
+    return _channels_second(reduce(lax.add, shifted))
 
 
 def pooled(

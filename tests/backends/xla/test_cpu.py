@@ -45,6 +45,9 @@ def run(lowered: Lowered, x: np.ndarray[Any, Any]) -> Any:
         ((1, 3, 5, 5, 5), 3, 3, {}),
         ((1, 8, 7, 7), 12, 4, {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
         ((1, 6, 9, 9), 6, 1, {"pads": [1, 1, 1, 1]}),
+        ((2, 16, 9, 8), 16, 1, {"pads": [1, 0, 2, 1]}),
+        ((1, 16, 9, 11), 16, 1, {"dilations": [2, 3], "auto_pad": "SAME_LOWER"}),
+        ((1, 16, 9, 9), 16, 1, {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -81,9 +84,25 @@ def test_pooling_agrees(op_type: str, attributes: dict[str, Any]) -> None:
     )
 
 
+def test_a_convolution_to_few_channels_is_one_product() -> None:
+    def operations(channels: int, size: int, **attributes: Any) -> tuple[int, int]:
+        x = np.ones((1, channels, size, size), np.float32)
+        model = one_node("Conv", x, np.ones((channels, channels, 3, 3), np.float32), **attributes)
+        lowered = lower(model, platform="cpu", pack=True)
+        with precise():
+            text = jax.jit(lowered.function).lower(lowered.read(), {"x": x}).as_text()
+        return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
+
+    assert operations(16, 32, pads=[1, 1, 1, 1]) == (0, 1)
+    assert operations(16, 32, strides=[2, 2]) == (1, 0)
+    assert operations(32, 16) == (1, 0)
+    assert operations(16, 112) == (1, 0)
+    assert operations(8, 32) == (1, 0)
+
+
 def test_packed_filters_are_convolved_as_they_lie() -> None:
-    x = np.ones((1, 16, 8, 8), np.float32)
-    w = np.ones((16, 16, 3, 3), np.float32)
+    x = np.ones((1, 64, 8, 8), np.float32)
+    w = np.ones((64, 64, 3, 3), np.float32)
     model = one_node("Conv", x, w)
 
     def compiled(lowered: Lowered) -> str:
@@ -94,7 +113,7 @@ def test_packed_filters_are_convolved_as_they_lie() -> None:
 
     # The input and the output are transposed either way; the filter only where it is not packed.
     packed, plain = (compiled(lower(model, platform="cpu", pack=p)) for p in (True, False))
-    assert "f32[3,3,16,16]{3,2,1,0} parameter" in packed
+    assert "f32[3,3,64,64]{3,2,1,0} parameter" in packed
     assert packed.count("transpose(") < plain.count("transpose(")
 
 

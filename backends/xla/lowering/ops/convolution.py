@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trivium.backends.xla.lowering.cpu import grouped_convolution
+from trivium.backends.xla.lowering.cpu import grouped_convolution, narrow_convolution
 from trivium.backends.xla.lowering.lazy import jnp, lax
 from trivium.backends.xla.lowering.registry import handles
 from trivium.backends.xla.lowering.trace import Op
@@ -46,6 +46,10 @@ def convolve(op: Op, x: Any, w: Any, **options: Any) -> Any:
     x, w = jnp.asarray(x), jnp.asarray(w)
     if op.frame.platform == "cpu" and groups > 1 and not options:
         y = grouped_convolution(x, w, strides, padding, dilations, groups)
+        if y is not None:
+            return y
+    if op.frame.platform == "cpu" and groups == 1 and not options:
+        y = narrow_convolution(x, w, strides, padding, dilations)
         if y is not None:
             return y
     return lax.conv_general_dilated(
