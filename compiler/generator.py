@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     import numpy as np
 
-Form = Literal["growing", "static", "shared", "stateful"]
+Form = Literal["growing", "static", "shared", "ragged", "stateful"]
 """How caches are kept: ``growing`` by concatenation; ``static``, buffers that are given and come
-back, written from one place on; ``shared``, buffers that the engine writes in place; ``stateful``,
-growing inside of the engine, as variables that are called like the inputs they stand for."""
+back, written from one place on; ``shared``, buffers that the engine writes in place; ``ragged``,
+the same, with each row written from its own end on: new tokens begin at the left, and the mask is
+1 for as many columns as the row has tokens; ``stateful``, growing inside of the engine, as
+variables that are called like the inputs they stand for."""
 
 STEP_TOKENS = 512
 """Tokens of the text that a step is predicted and timed for, where the context is as long."""
@@ -74,6 +76,7 @@ class Generator:
         mask: The input that is 1 for slots that count, over cache and new tokens; if it has one.
         positions: The input of the new tokens' places in their sequences; if it has one.
         start: The input that says where in static buffers the new tokens go.
+        counts: The input of how many of the new tokens of each row count, [rows] (``ragged``).
         chosen: The input of the positions among the new ones whose logits are wanted; without
             one, there are logits for ``kept`` of them.
         kept: ``all`` or ``last``: of which new positions there are logits where nothing chooses.
@@ -94,6 +97,7 @@ class Generator:
     mask: str | None = None
     positions: str | None = None
     start: str | None = None
+    counts: str | None = None
     chosen: str | None = None
     kept: Literal["all", "last"] = "all"
     rows: int | None = None

@@ -113,7 +113,11 @@ def _generator(value: Any) -> bool:
 
     from trivium.compiler.generator import Generator
 
-    return _GENERATOR(value) and set(value) <= {f.name for f in fields(Generator)}
+    if not _GENERATOR(value) or not set(value) <= {f.name for f in fields(Generator)}:
+        return False
+    ragged = value["form"] == "ragged"
+    told = all(_some_text(value.get(key)) for key in ("mask", "counts"))
+    return told if ragged else value.get("counts") is None
 
 
 _GENERATOR = _holding(

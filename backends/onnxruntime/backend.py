@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trivium.backends.onnxruntime import generating
+from trivium.backends.onnxruntime.ragged import RaggedDecoder
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed
@@ -97,7 +98,8 @@ class OnnxRuntimeBackend:
         generator = artifact.generator
         if generator is None:
             return executable
-        decoder = generating.OnnxRuntimeDecoder(generator, executable.session, executable.where)
+        kind = RaggedDecoder if generator.form == "ragged" else generating.OnnxRuntimeDecoder
+        decoder = kind(generator, executable.session, executable.where)
         plain = None if is_driven(generator, artifact.inputs) else executable.run
         return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
 

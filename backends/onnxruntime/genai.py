@@ -34,8 +34,11 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
         if node.op_type in ("Attention", "GroupQueryAttention")
     ]
     key = generator.caches[0].shape
-    if generator.chosen is not None:
-        _choose_last(model, generator)
+    if generator.chosen is not None or generator.counts is not None:
+        if generator.chosen is not None:
+            _choose_last(model, generator)
+        if generator.counts is not None:
+            _count_all(model, generator)
         ir.save(model, folder / MODEL)
         file = MODEL
     (past_key, past_value), (present_key, present_value) = named
@@ -82,7 +85,7 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
         "search": {
             "do_sample": False,
             "max_length": generator.context,
-            "past_present_share_buffer": generator.form == "shared",
+            "past_present_share_buffer": generator.form in ("shared", "ragged"),
         },
     }
     (folder / CONFIG).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -98,6 +101,20 @@ def _choose_last(model: ir.Model, generator: Generator) -> None:
     for output in model.graph.outputs:
         if output.name == generator.logits and output.shape is not None:
             output.shape = ir.Shape([output.shape[0], 1, *output.shape[2:]])
+
+
+def _count_all(model: ir.Model, generator: Generator) -> None:
+    """Let all new tokens count, as they do there."""
+    counts = next(value for value in model.graph.inputs if value.name == generator.counts)
+    tokens = next(value for value in model.graph.inputs if value.name == generator.tokens)
+    for node, index in list(counts.uses()):
+        if node.op_type == "GroupQueryAttention":
+            node.resize_inputs(index)
+    shape = ir.node("Shape", [tokens], {"start": 1, "end": 2})
+    size = ir.node("Cast", shape.outputs, {"to": ir.DataType.INT32.value})
+    model.graph.insert_before(model.graph[0], [shape, size])
+    counts.replace_all_uses_with(size.outputs[0])
+    model.graph.inputs.remove(counts)
 
 
 def _names(generator: Generator) -> tuple[tuple[str, str], tuple[str, str]] | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from trivium.backends.onnxruntime import ragged_cache
 from trivium.compiler.generator import Generator
 from trivium.compiler.passing import attribute, dims, initializer, is_op
 from trivium.compiler.passing import replace as replace_value
 
 DOMAIN = "com.microsoft"
 CAPACITY = "capacity"
+BIAS = 10
+"""The input of GroupQueryAttention that is added to its scores."""
+
 _MASKED = float(np.finfo(np.float32).min) / 2
 """Added to the scores of slots that do not count; a sum of two of them would be infinite."""
 
@@ -21,7 +27,9 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
     """Rewrite Attention with a growing cache to GroupQueryAttention over shared buffers, in place.
 
     Its caches have room for all tokens and are both input and output, so that a step writes one
-    token where Attention copies everything before it. Masks stay what they are, as a bias.
+    token where Attention copies everything before it. Where masks tell padding alone, rows have
+    ends of their own (the form ``ragged``); otherwise they share their slots, and masks stay what
+    they are, as a bias.
 
     Returns:
         How to drive the result; the generator as it is where the caches are used in a way that
@@ -33,6 +41,13 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
     nodes = _attentions(pasts)
     if generator.form != "growing" or generator.mask is None or nodes is None:
         return generator
+    places = ragged_cache.places(graph, generator, nodes)
+    if places is not None:
+        own = ragged_cache.Counts(graph, generator, places)
+        for node in nodes:
+            _group(graph, node, own.last, own.total, {ragged_cache.QUERY_LENGTHS: own.new})
+        RemoveUnusedNodesPass()(model)
+        return _with_room(model, replace(generator, form="ragged", counts=ragged_cache.COUNTS))
     counts = _Counts(graph, inputs[generator.tokens], inputs[generator.mask])
     for past in pasts:
         for node, _ in list(past.uses()):
@@ -45,10 +60,16 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
         assert mask is not None
         if mask not in biases:
             biases[mask] = _bias(graph, node, mask)
-        _group(graph, node, biases[mask], counts)
+        _group(graph, node, counts.last, counts.total, {BIAS: biases[mask]})
+    return _with_room(model, replace(generator, form="shared"))
+
+
+def _with_room(model: ir.Model, generator: Generator) -> Generator:
+    """Let the caches have a capacity of their own."""
     model.opset_imports[DOMAIN] = 1
-    for cache, past in zip(generator.caches, pasts, strict=True):
-        for value in (past, next(v for v in graph.outputs if v.name == cache.present)):
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for cache in generator.caches:
+        for value in (values[cache.past], values[cache.present]):
             assert value.shape is not None
             sizes: list[int | ir.SymbolicDim] = list(value.shape)
             sizes[cache.length_axis] = ir.SymbolicDim(CAPACITY)
@@ -62,7 +83,7 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
         )
         for cache in generator.caches
     )
-    return replace(generator, form="shared", caches=caches)
+    return replace(generator, caches=caches)
 
 
 def _attentions(pasts: list[ir.Value]) -> list[ir.Node] | None:
@@ -141,7 +162,13 @@ def _bias(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> ir.Value:
     return value
 
 
-def _group(graph: ir.Graph, node: ir.Node, bias: ir.Value, counts: _Counts) -> None:
+def _group(
+    graph: ir.Graph,
+    node: ir.Node,
+    last: ir.Value,
+    total: ir.Value,
+    others: Mapping[int, ir.Value],
+) -> None:
     q, k, v, _, past_key, past_value = node.inputs[:6]
     options = {
         "num_heads": attribute(node, "q_num_heads"),
@@ -150,7 +177,8 @@ def _group(graph: ir.Graph, node: ir.Node, bias: ir.Value, counts: _Counts) -> N
     for name in ("scale", "softcap"):
         if attribute(node, name):
             options[name] = float(attribute(node, name))
-    inputs = [q, k, v, past_key, past_value, counts.last, counts.total, None, None, None, bias]
+    inputs = [q, k, v, past_key, past_value, last, total]
+    inputs += [others.get(place) for place in range(len(inputs), max(others) + 1)]
     made = ir.node(
         "GroupQueryAttention", inputs, options, domain=DOMAIN, num_outputs=3, name=node.name
     )

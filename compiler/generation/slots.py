@@ -96,15 +96,7 @@ class SlotDecoder(ABC):
         import numpy as np
 
         counts = [len(row) for row in tokens]
-        if len(counts) != len(cache.lengths):
-            raise BadInput(f"tokens for {len(counts)} rows of {len(cache.lengths)}", about="feed")
-        longest = max(have + new for have, new in zip(cache.lengths, counts, strict=True))
-        if longest > self.generator.context:
-            raise BadInput(
-                f"{longest} tokens, and there is room for {self.generator.context}",
-                about="feed",
-                remedy="give a shorter prompt, or compile with a larger --context",
-            )
+        require_room(self.generator, cache.lengths, counts)
         # Rows end in one column where they can; but one that goes on from its cache must do so
         # without a gap, which windows of attention would count.
         old, total = cache.lengths, max(counts, default=0)
@@ -274,6 +266,23 @@ def _within(lo: int, hi: int, first: int, last: int) -> tuple[int, int]:
     its end."""
     lo, hi = max(lo, first), min(hi, last)
     return (lo - first, hi - first) if lo < hi else (last - first, last - first)
+
+
+def require_room(generator: Generator, lengths: Sequence[int], counts: Sequence[int]) -> None:
+    """Refuse tokens that are not for these rows, or more than the context has room for.
+
+    Raises:
+        BadInput: With the figures.
+    """
+    if len(counts) != len(lengths):
+        raise BadInput(f"tokens for {len(counts)} rows of {len(lengths)}", about="feed")
+    longest = max(have + new for have, new in zip(lengths, counts, strict=True))
+    if longest > generator.context:
+        raise BadInput(
+            f"{longest} tokens, and there is room for {generator.context}",
+            about="feed",
+            remedy="give a shorter prompt, or compile with a larger --context",
+        )
 
 
 def require_memory(generator: Generator, rows: int, capacity: int) -> None:

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trivium
-from tests.generation.conftest import VOCAB, greedy
+from tests.generation.conftest import MORE, VOCAB, greedy
 from tests.generation.oracle import Oracle
+from tests.models.conftest import random_model
+from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generator import Decoder, Generator
@@ -216,3 +218,30 @@ def test_decoder_that_has_caches_is_recognized(
         found.append(decoder.feed(cache, [tokens[seen : seen + size]], keep=size))
         seen += size
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
+
+
+def test_rows_of_any_lengths_are_fed_in_place(shakespeare: Artifact) -> None:
+    """Rows end where they end; nothing is moved for another that gets more tokens, or fewer."""
+    decoder = decoder_of(shakespeare)
+    assert decoder.generator.form == "ragged"
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
+    alone = []
+    for text in texts:
+        cache = decoder.start(capacity=40)
+        decoder.feed(cache, [text])
+        alone.append(decoder.feed(cache, [[20, 21]], keep=2)[0])
+    cache = decoder.start(rows=3, capacity=40)
+    buffers = cache.buffers
+    decoder.feed(cache, [[5], [11, 12], [13, 14, 15, 16, 17]])
+    decoder.feed(cache, [[6, 7, 8, 9, 10], [], []])
+    decoder.truncate(cache, [6, 2, 4])
+    found = decoder.feed(cache, [[20, 21]] * 3, keep=2)
+    assert cache.lengths == [8, 4, 6]
+    assert cache.buffers is buffers
+    np.testing.assert_allclose(found, alone, atol=5e-5)
+
+
+def test_windows_need_rows_that_share_slots(tmp_path: Path) -> None:
+    source = tmp_path / "decoder.onnx"
+    models.save(random_model(MORE["gemma3"], tmp_path), source)
+    assert decoder_of(compiled(source, tmp_path / "out")).generator.form == "shared"

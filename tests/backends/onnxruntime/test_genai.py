@@ -29,7 +29,7 @@ def test_greedy_tokens_are_those_of_the_artifact(recipe: str, tmp_path: Path) ->
     theirs = [int(token) for token in generator.get_sequence(0)]
 
     decoder = artifact.load().generator()  # type: ignore[attr-defined]
-    assert decoder.generator.form == "shared"
+    assert decoder.generator.form == "ragged"
     cache, ours, fed = decoder.start(1, length), list(PROMPT), PROMPT
     while len(ours) < length and ours[-1] not in decoder.generator.eos:
         fed = [int(decoder.feed(cache, [fed])[0, -1].argmax())]
