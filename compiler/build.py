@@ -53,6 +53,7 @@ def compile(
     generator: bool | None = None,
     context: int | None = None,
     prefill: Sequence[int] = (),
+    guesses: int = 0,
     use_cache: bool = True,
     progress: Progress = silent,
 ) -> Artifact:
@@ -74,6 +75,8 @@ def compile(
             default those of checkpoint folders whose sequence is not bound by ``shape``.
         context: How many tokens a generator's sequences may have.
         prefill: How many new tokens its prefill programs take, where an engine needs it fixed.
+        guesses: How many guessed tokens a program checks in one call, where an engine needs it
+            fixed; 0 for none.
         use_cache: Whether an equal earlier compile may be reused.
         progress: Called with the name of each stage as it begins.
 
@@ -90,7 +93,7 @@ def compile(
         max_error=max_error,
         seed=seed,
         options=options,
-        generating=Generating(generator, context, tuple(sorted(set(prefill)))),
+        generating=Generating(generator, context, tuple(sorted(set(prefill))), guesses),
         progress=progress,
     )
     place = Path(out) if out is not None else Path(default_name(job.source, job.target))
@@ -139,10 +142,13 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     samples = Samples(feeds, expected)
     generator: Generator | None = None
     inserted: list[Applied] = []
+    generating.with_source(model, job)
     if parts.PARTS in model.metadata_props:
         applied += recipes.run(after, model, job.context(feeds))
         pieces = parts.split(model)
-        prepared, built, estimate = _build_parts(folder, job, pieces, samples, progress)
+        prepared, built, estimate, inserted = _build_parts(folder, job, pieces, samples, progress)
+        applied += inserted
+        generator = built.generator
     else:
         generator, workload, inserted = generating.prepare(model, job)
         applied += inserted + recipes.run(after, model, job.context(feeds))
@@ -225,24 +231,38 @@ def _build(
 
 def _build_parts(
     folder: Path, job: Job, pieces: Sequence[Part], samples: Samples, progress: Progress
-) -> tuple[Prepared, Built, Estimate]:
-    """Build each part in a folder of its own; the artifact's signature is that of the whole."""
-    whole = models.signature(job.model)
+) -> tuple[Prepared, Built, Estimate, list[Applied]]:
+    """Build each part in a folder of its own; the artifact's signature is that of the whole.
+
+    The last one becomes a generator if it is a decoder that sees; what is predicted is then a step
+    of it.
+    """
+    whole, last = models.signature(job.model), pieces[-1]
+    signatures = {piece.name: models.signature(piece.model) for piece in pieces}
+    generator, workload, inserted = generating.prepare_part(last.model, job.model, job)
     prepared = _legalize([piece.model for piece in pieces], job, job.workload, progress)
     estimates = {
-        piece.name: predict(one, job.target) for piece, one in zip(pieces, prepared, strict=True)
+        piece.name: predict(one, job.target)
+        for piece, one in zip(pieces, prepared, strict=True)
+        if generator is None or piece is not last
     }
+    if generator is not None:
+        step = replace(prepared[-1], workload=workload)
+        estimates[last.name] = predict(generating.one_step(step, generator), job.target)
     built = {}
     for piece, one in zip(pieces, prepared, strict=True):
         own = folder / piece.name
         own.mkdir()
-        ready = parts.samples_of(one, samples.feeds, samples.expected)
+        ready = Samples(*parts.samples_of(one, samples.feeds, samples.expected))
+        driven = generator if piece is last else None
         estimate = estimates[piece.name]
-        built[piece.name] = _build(own, job, one, Samples(*ready), estimate, progress)
+        built[piece.name] = _build(own, job, one, ready, estimate, progress, driven)
+    if generator is not None and built[last.name].generator is None:
+        built[last.name] = replace(built[last.name], generator=generator)
     applied = tuple(row for one in prepared for row in one.applied)
     shown = replace(prepared[0], applied=applied, inputs=whole[0], outputs=whole[1])
-    tables = {piece.name: one for piece, one in zip(pieces, prepared, strict=True)}
-    return shown, parts.joined(built, tables), parts.total(estimates)
+    estimate = parts.total(estimates) if generator is None else estimates[last.name]
+    return shown, parts.joined(built, signatures), estimate, inserted
 
 
 def _manifest(

@@ -178,6 +178,13 @@ def _add_compiling(verbs: Verbs) -> None:
         metavar="N,M",
         help="new tokens of a generator's prefill programs, where they are fixed",
     )
+    verb.add_argument(
+        "--guesses",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="a program that checks N guessed tokens in one call, where they are fixed",
+    )
     verb.add_argument("--no-cache", action="store_true", help="compile even if an equal one exists")
     verb.add_argument("--dry-run", action="store_true", help="passes and prediction, no build")
     verb.add_argument("-o", "--out", metavar="OUT", help="artifact folder (default MODEL.TARGET)")
@@ -382,6 +389,13 @@ def _add_generating(verbs: Verbs) -> None:
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-ids", metavar="5,17", help="tokens instead of a text")
     prompt.add_argument("--batch", metavar="FILE", help="a prompt each line, or JSON if .jsonl")
+    verb.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="in the prompt's <image> places",
+    )
     verb.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
     verb.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy"

@@ -61,10 +61,57 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class Role:
-    """A program of a generator: how many new tokens it takes (None: any number)."""
+    """A program of a generator.
+
+    Attributes:
+        tokens: How many new tokens it takes; None: any number.
+        logits: After how many of them it gives logits, where the number is fixed.
+    """
 
     program: str
     tokens: int | None = None
+    logits: int = 1
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How images come into the prompts of a decoder that sees.
+
+    Its program takes embeddings, which the parts before it make of tokens and images.
+
+    Attributes:
+        pixels: The input of images, float [images, channels, height, width].
+        ids: The input of token ids, of the parts before the decoder.
+        token: What stands for an image in a prompt.
+        count: How many tokens an image takes the places of.
+    """
+
+    pixels: str
+    ids: str
+    token: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a decoder is given the text that it goes out from.
+
+    Attributes:
+        ids, mask: The encoder's inputs, [rows, source].
+        target: The decoder's input of tokens.
+        start: The token that texts start with.
+        memory: What the decoder takes of the encoder at each call.
+    """
+
+    ids: str
+    mask: str
+    target: str
+    start: int
+    memory: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Source:
+        return cls(**{**table, "memory": tuple(table["memory"])})
 
 
 @dataclass(frozen=True)
@@ -72,7 +119,8 @@ class Generator:
     """How to drive a decoder that has caches.
 
     Attributes:
-        tokens: The input of new token ids, [rows, new].
+        tokens: The input of new token ids, [rows, new]; of their embeddings [rows, new, width]
+            with ``sight``.
         mask: The input that is 1 for slots that count, over cache and new tokens; if it has one.
         positions: The input of the new tokens' places in their sequences; if it has one.
         start: The input that says where in static buffers the new tokens go.
@@ -85,6 +133,8 @@ class Generator:
         rows: How many sequences are decoded at once, where the programs fix it.
         eos: Tokens that end a text.
         tokenizer, chat_template: Files of the artifact, where it has them.
+        sight: How it is shown images, if it can be.
+        source: How it is given the text that an encoder reads, if it has one.
         programs: From many new tokens to one; a single entry of None serves all.
     """
 
@@ -105,6 +155,8 @@ class Generator:
     bos: int | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    sight: Sight | None = None
+    source: Source | None = None
     programs: tuple[Role, ...] = (Role("main"),)
 
     @property
@@ -118,10 +170,24 @@ class Generator:
         return self.form in ("growing", "stateful")
 
     @property
-    def checks_guesses(self) -> bool:
-        """Whether one call gives the logits after several tokens, and so can check a guess."""
+    def checks_any(self) -> bool:
+        """Whether one call gives the logits after as many tokens of a row as one likes."""
         fixed = any(role.tokens is not None for role in self.programs)
         return not fixed and (self.chosen is not None or self.kept == "all")
+
+    @property
+    def checker(self) -> Role | None:
+        """The program that gives the logits after a fixed number of tokens, if there is one."""
+        return next((role for role in self.programs if role.logits > 1), None)
+
+    def most_checked(self, rows: int) -> int | None:
+        """After how many tokens of each row one call gives logits; None for any number.
+
+        The buffers of several rows that an engine writes in place take one token at a time.
+        """
+        if self.checks_any:
+            return 1 if self.form == "shared" and rows > 1 else None
+        return self.checker.logits if self.checker is not None else 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,7 +201,12 @@ class Generator:
             "programs": tuple(Role(**role) for role in table["programs"]),
             "eos": tuple(table["eos"]),
         }
-        return cls(**{**table, **lists})
+        sight, source = table.get("sight"), table.get("source")
+        beside = {
+            "sight": Sight(**sight) if sight else None,
+            "source": Source.from_json(source) if source else None,
+        }
+        return cls(**{**table, **lists, **beside})
 
 
 class Cache(Protocol):
@@ -175,6 +246,10 @@ class Decoder(Protocol[C]):
         Raises:
             BadInput: A row would be longer than the context.
         """
+        ...
+
+    def knows(self, token: int) -> bool:
+        """Whether a token beyond the vocabulary stands for something that was shown to it."""
         ...
 
     def truncate(self, cache: C, lengths: Sequence[int]) -> None:

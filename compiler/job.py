@@ -37,11 +37,14 @@ class Generating:
             decoder, and of a graph that has caches.
         context: How many tokens a sequence may have; None: as many as the model has positions.
         prefill: How many new tokens the prefill programs take, for engines that need it fixed.
+        guesses: How many guessed tokens a program of its own checks in a call, for those engines;
+            0: none.
     """
 
     wanted: bool | None = None
     context: int | None = None
     prefill: tuple[int, ...] = ()
+    guesses: int = 0
 
 
 SAMPLES = 2
@@ -112,7 +115,7 @@ class Job:
         self, feeds: Sequence[Mapping[str, Any]]
     ) -> tuple[reference.Reference | None, str]:
         try:
-            if self.source.suffix == ".onnx":
+            if self.source.suffix == ".onnx" and not reference.is_large(self.model):
                 return reference.run_file(self.source, feeds), ""
             return reference.run_model(self.model, feeds), ""
         except BackendFailed as error:

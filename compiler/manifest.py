@@ -136,10 +136,20 @@ _GENERATOR = _holding(
         ),
         least=1,
     ),
-    programs=_list_of(_holding(program=_some_text, tokens=_either(_count)), least=1),
+    programs=_list_of(_holding(program=_some_text, tokens=_either(_count), logits=_count), least=1),
     eos=_list_of(_count),
     bos=_either(_count),
     rows=_either(_count),
+    source=_either(
+        _holding(
+            ids=_some_text,
+            mask=_some_text,
+            target=_some_text,
+            start=_count,
+            memory=_list_of(_some_text),
+        )
+    ),
+    sight=_either(_holding(pixels=_some_text, ids=_some_text, token=_count, count=_count)),
     **dict.fromkeys(("tokens", "logits"), _some_text),
     **dict.fromkeys(
         ("mask", "positions", "start", "chosen", "tokenizer", "chat_template"), _either(_some_text)
@@ -159,6 +169,7 @@ _PART = _holding(
     details=_table,
     inputs=_TENSORS,
     outputs=_TENSORS,
+    generator=_either(_generator),
 )
 
 _KEYS: Mapping[str, Check] = {

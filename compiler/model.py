@@ -268,7 +268,12 @@ def _inlined(model: ir.Model) -> ir.Model:
     if not any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors(model)):
         return model
     copy = model.clone()
-    ir.external_data.load_to_model(copy)
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                # Copied, for the map cannot be closed while anything else looks at it.
+                value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=value.name)
     return copy
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generator import Sight
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, TensorInfo
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 PARTS = "trivium.parts"
 """Key of the metadata of a model: JSON, a list of [name of the part, its outputs] in order."""
 
+SIGHT = "trivium.sight"
+"""Key of the metadata of a model whose last part is a decoder that sees: JSON, a `Sight`."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -40,6 +44,26 @@ class Part:
 def declare(model: ir.Model, parts: Mapping[str, Sequence[str]]) -> None:
     """Say which outputs of the model each part computes, in the order in which they run."""
     model.metadata_props[PARTS] = json.dumps([[name, list(parts[name])] for name in parts])
+
+
+def declare_sight(model: ir.Model, sight: Sight) -> None:
+    """Say how images come into the prompts of the last part."""
+    model.metadata_props[SIGHT] = json.dumps(asdict(sight))
+
+
+def sight_of(model: ir.Model) -> Sight | None:
+    """What `declare_sight` said.
+
+    Raises:
+        BadInput: It is not a `Sight`.
+    """
+    text = model.metadata_props.get(SIGHT)
+    if text is None:
+        return None
+    try:
+        return Sight(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise BadInput("not what a model sees by", about=f"metadata {SIGHT}") from error
 
 
 def split(model: ir.Model) -> list[Part]:
@@ -133,14 +157,23 @@ def samples_of(
     inputs = [info.name for info in prepared.inputs]
     outputs = [info.name for info in prepared.outputs]
     known = [{**feed, **output} for feed, output in zip(feeds, expected, strict=False)]
+    # Caches that a decoder was given are in no sample.
     return (
-        [{name: one[name] for name in inputs} for one in known],
-        [{name: one[name] for name in outputs} for one in known],
+        [{name: one[name] for name in inputs if name in one} for one in known],
+        [{name: one[name] for name in outputs if name in one} for one in known],
     )
 
 
-def joined(built: Mapping[str, Built], prepared: Mapping[str, Prepared]) -> Built:
-    """What the backend left in the folders of the parts, as one artifact."""
+def joined(
+    built: Mapping[str, Built],
+    signatures: Mapping[str, tuple[Sequence[TensorInfo], Sequence[TensorInfo]]],
+) -> Built:
+    """What the backend left in the folders of the parts, as one artifact.
+
+    Args:
+        signatures: The inputs and outputs of each part, caches that it was given left out.
+    """
+    generator = next((one.generator for one in built.values() if one.generator), None)
     return Built(
         programs=tuple(p for name, one in built.items() for p in _programs(name, one.programs)),
         memory={
@@ -156,11 +189,13 @@ def joined(built: Mapping[str, Built], prepared: Mapping[str, Prepared]) -> Buil
                 "programs": [asdict(program) for program in one.programs],
                 "weights": one.weights,
                 "details": dict(one.details),
-                "inputs": [asdict(info) for info in prepared[name].inputs],
-                "outputs": [asdict(info) for info in prepared[name].outputs],
+                "inputs": [asdict(info) for info in signatures[name][0]],
+                "outputs": [asdict(info) for info in signatures[name][1]],
+                "generator": one.generator.to_json() if one.generator is not None else None,
             }
             for name, one in built.items()
         ),
+        generator=generator,
     )
 
 
@@ -186,9 +221,23 @@ def load(artifact: Artifact, how: str) -> Executable:
     loaded = {}
     for table in artifact.manifest["parts"]:
         name = table["name"]
-        own = Artifact(artifact.path / name, {**artifact.manifest, **table, "parts": []})
+        whole = {**artifact.manifest, "generator": None}
+        own = Artifact(artifact.path / name, {**whole, **table, "parts": []})
         loaded[name] = getattr(own, how)()
-    return Chain(artifact.inputs, loaded)
+    if artifact.generator is None:
+        return Chain(artifact.inputs, loaded)
+    from trivium.compiler.generation.seeing import SeeingChain
+    from trivium.compiler.generation.sourced import SourcedChain
+
+    if artifact.generator.source is not None:
+        return SourcedChain(artifact.inputs, loaded, artifact.generator)
+
+    outputs = {table["name"]: _tensors(table["outputs"]) for table in artifact.manifest["parts"]}
+    return SeeingChain(artifact.inputs, loaded, artifact.generator, outputs)
+
+
+def _tensors(tables: Sequence[Mapping[str, Any]]) -> list[TensorInfo]:
+    return [TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in tables]
 
 
 class Chain:

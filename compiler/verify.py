@@ -298,6 +298,9 @@ def outputs_of(
     from trivium.compiler.generation.executable import is_driven
 
     generator = artifact.generator
+    driven = getattr(executable, "driven", None)  # a decoder that sees, with all its parts
+    if driven is not None:
+        return [driven(feed) for feed in feeds]
     drive = getattr(executable, "generator", None)  # one that has none drives it by itself
     if generator is None or drive is None or not is_driven(generator, artifact.inputs):
         return [executable.run(feed) for feed in feeds]

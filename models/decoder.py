@@ -151,6 +151,7 @@ class _Build:
     def __init__(self, spec: Decoder, builder: Builder, images: ir.Value | None) -> None:
         self.spec, self.names, self.b, self.images = spec, spec.names, builder, images
         self.ids = builder.input("input_ids", ir.DataType.INT64, ("batch", "seq"))
+        self.fed = self.ids
         self.mask = builder.input("attention_mask", ir.DataType.INT64, ("batch", "seq"))
         self.positions = self._positions()
         self._allowed: dict[int | None, ir.Value] = {}
@@ -200,6 +201,9 @@ class _Build:
             if self.images is not None:
                 x = self._with_images(x, self.images)
                 b.output("inputs_embeds", x, ("batch", "seq", spec.hidden_size))
+                # From here on the sizes are those of the embeddings: a part that takes them has
+                # no ids.
+                self.fed = x
             return x
 
     def _with_images(self, x: ir.Value, images: ir.Value) -> ir.Value:
@@ -324,11 +328,12 @@ class _Build:
             if window is None:
                 keys = b.op("Cast", self.mask, to=ir.DataType.BOOL)
                 keys = b.op("Unsqueeze", keys, b.constant([1, 2]))
-                batch, length = b.op("Shape", self.ids, end=1), b.op("Shape", self.ids, start=1)
+                batch = b.op("Shape", self.fed, end=1)
+                length = b.op("Shape", self.fed, start=1, end=2)
                 full = b.op("Concat", batch, b.constant([1]), length, length, axis=0)
                 allowed = b.op("Expand", keys, full)
             else:
-                length = b.op("Squeeze", b.op("Shape", self.ids, start=1))
+                length = b.op("Squeeze", b.op("Shape", self.fed, start=1, end=2))
                 places = b.op("Range", b.constant(0), length, b.constant(1))
                 b.typed(places, ir.DataType.INT64, ("seq",))
                 back = b.op("Sub", b.op("Unsqueeze", places, b.constant([1])), places)

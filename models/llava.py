@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from trivium.compiler import parts
 from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.generator import Sight
 from trivium.models import clip, decoder
 from trivium.models.builder import ACTIVATIONS, Builder
 from trivium.models.checkpoint import Checkpoint, Config
@@ -89,6 +90,7 @@ def build(folder: Path) -> ir.Model:
         model,
         {"vision": ["image_features"], "projector": ["inputs_embeds"], "decoder": ["logits"]},
     )
+    parts.declare_sight(model, Sight("pixel_values", "input_ids", token, vision.seen))
     return model
 
 

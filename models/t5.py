@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.generation import sourced
+from trivium.compiler.generator import Source
 from trivium.models.builder import ACTIVATIONS, Builder
 from trivium.models.checkpoint import Checkpoint, Config
 
@@ -71,7 +73,11 @@ def build(folder: Path) -> ir.Model:
     target = b.input("decoder_input_ids", ir.DataType.INT64, ("batch", "target"))
     logits = build.decode(target, memory, kept)
     b.output("logits", logits, ("batch", "target", config.vocab_size))
-    return b.model()
+    model = b.model()
+    start = checkpoint.config.get("decoder_start_token_id", 0)
+    source = Source("input_ids", "attention_mask", "decoder_input_ids", start)
+    sourced.declare(model, source)
+    return model
 
 
 def _config(config: Config) -> T5Config:
@@ -165,7 +171,7 @@ class _Build:
             # Expanded over the queries: ONNX Runtime's Attention does not broadcast that axis.
             shape = b.op(
                 "Concat", b.op("Shape", ids, end=1), b.constant([1]),
-                b.op("Shape", ids, start=1), b.op("Shape", memory, start=1, end=2), axis=0,
+                b.op("Shape", ids, start=1), b.op("Shape", kept, start=3), axis=0,
             )  # fmt: skip
             visible = b.op("Expand", kept, shape)
         for index in range(config.num_decoder_layers):

@@ -33,6 +33,7 @@ def analyse(graph: ir.Graph) -> Sequence | None:
         NotUnderstood: A node that mixes positions, or may.
     """
     attentions = [node for node in graph if is_op(node, "Attention") and not is_cached(node)]
+    attentions = [node for node in attentions if not _looks_elsewhere(node)]
     if not attentions:
         return None
     query = attentions[0].inputs[0]
@@ -50,6 +51,15 @@ def analyse(graph: ir.Graph) -> Sequence | None:
         sequence.total_inputs |= inputs
     _prove_masks(graph, sequence)
     return sequence
+
+
+def _looks_elsewhere(node: ir.Node) -> bool:
+    """Whether the keys of an Attention are of another sequence than its queries."""
+    lengths = [
+        str(value.shape[-2]) if value is not None and value.shape is not None else None
+        for value in node.inputs[:2]
+    ]
+    return None not in lengths and lengths[0] != lengths[1] and not attribute(node, "is_causal", 0)
 
 
 def _prove_masks(graph: ir.Graph, sequence: Sequence) -> None:
@@ -224,6 +234,8 @@ def _mixed_by_attention(sequence: Sequence, node: ir.Node) -> list[ir.Value]:
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None and sequence.kind(mask) is Kind.TOKEN:
         return [mask]
+    if node not in sequence.attentions and not is_cached(node):
+        return _mixed_by_looking_elsewhere(sequence, node)
     if is_cached(node):
         raise NotUnderstood(node, "it has a cache already, and others have not")
     if mask is None and not attribute(node, "is_causal", 0):
@@ -237,4 +249,14 @@ def _mixed_by_attention(sequence: Sequence, node: ir.Node) -> list[ir.Value]:
         rank(mask) - 1 not in sequence.axes(mask) or sequence.kind(mask) is not Kind.TOTAL
     ):
         raise NotUnderstood(node, "its mask does not span the sequence")
+    return []
+
+
+def _mixed_by_looking_elsewhere(sequence: Sequence, node: ir.Node) -> list[ir.Value]:
+    """Of cross-attention: each query looks at the same keys, whatever the other tokens are."""
+    query, *others = node.inputs[:3]
+    if any(sequence.kind(value) is not Kind.STATIC for value in others):
+        raise NotUnderstood(node, "its keys and values depend on the tokens")
+    if sequence.axes(query) != [rank(query) - 2]:
+        raise NotUnderstood(node, "its queries are not one for each token")
     return []

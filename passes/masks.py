@@ -105,7 +105,11 @@ def _evaluate(
             "mask",
             [_info(value, array) for value, array in feeds.items()],
             [onnx.helper.make_value_info(mask.name or "", onnx.TypeProto())],
-            [ir.to_proto(tensor) for tensor in constants.values()],
+            # In memory: the evaluator would look for those that lie in a file beside a model's.
+            [
+                ir.to_proto(ir.tensor(tensor.numpy().copy(), tensor.dtype, name=value.name))
+                for value, tensor in constants.items()
+            ],
         ),
         opset_imports=[onnx.helper.make_opsetid("", graph.opset_imports[""])],
     )

@@ -24,6 +24,8 @@ def write(folder: Path, file: str, generator: Generator) -> str | None:
     named = _names(generator)
     if generator.form == "static" or named is None or generator.mask is None:
         return "onnxruntime-genai takes caches of its own, with numbered names, and a mask"
+    if generator.sight is not None:
+        return "onnxruntime-genai takes tokens, and this decoder embeddings"
     if not generator.eos:
         return "onnxruntime-genai needs a token that ends a text"
     model = ir.load(folder / file)

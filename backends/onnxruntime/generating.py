@@ -150,7 +150,7 @@ class OnnxRuntimeDecoder(SlotDecoder):
 
 
 def _several_after_others(generator: Generator, feeds: Mapping[str, Array]) -> bool:
-    rows, new = feeds[generator.tokens].shape
+    rows, new = feeds[generator.tokens].shape[:2]
     return bool(rows > 1 and new > 1 and feeds[generator.mask or ""].shape[1] > new)
 
 

@@ -22,6 +22,9 @@ BIAS = 10
 _MASKED = float(np.finfo(np.float32).min) / 2
 """Added to the scores of slots that do not count; a sum of two of them would be infinite."""
 
+_WIDTH = 8
+"""What the width of a head has to be a multiple of."""
+
 
 def share_caches(model: ir.Model, generator: Generator) -> Generator:
     """Rewrite Attention with a growing cache to GroupQueryAttention over shared buffers, in place.
@@ -39,7 +42,10 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
     inputs = {value.name: value for value in graph.inputs}
     pasts = [inputs[cache.past] for cache in generator.caches]
     nodes = _attentions(pasts)
+    widths = [cache.shape[-1] for cache in generator.caches]
     if generator.form != "growing" or generator.mask is None or nodes is None:
+        return generator
+    if any(not isinstance(width, int) or width % _WIDTH for width in widths):
         return generator
     places = ragged_cache.places(graph, generator, nodes)
     if places is not None:

@@ -44,7 +44,8 @@ class XlaDecoder(SlotDecoder):
         self.where = executable.where
         self._executable = executable
         self._programs = {
-            role.tokens: executable.named[role.program] for role in generator.programs
+            (role.tokens, role.logits): executable.named[role.program]
+            for role in generator.programs
         }
         self._dtypes = {info.name: numpy_dtype(info.dtype) for info in executable.program_inputs}
 
@@ -69,7 +70,8 @@ class XlaDecoder(SlotDecoder):
         from trivium.backends.xla.lowering import precise
 
         caches = self.generator.caches
-        program = self._programs[feeds[self.generator.tokens].shape[1]]
+        places = feeds[self.generator.chosen].size if self.generator.chosen is not None else 1
+        program = self._programs[feeds[self.generator.tokens].shape[1], places]
         given = {name: array.astype(self._dtypes[name]) for name, array in feeds.items()}
         held = {cache.past: buffer for cache, buffer in zip(caches, buffers, strict=True)}
         try:

@@ -34,6 +34,7 @@ def compile(arguments: argparse.Namespace) -> int:
             generator=arguments.generator,
             context=arguments.context,
             prefill=arguments.prefill,
+            guesses=arguments.guesses,
             use_cache=not arguments.no_cache,
             progress=progress,
         )

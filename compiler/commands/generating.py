@@ -39,6 +39,8 @@ def generate(arguments: argparse.Namespace) -> int:
         speculate=arguments.speculate,
         prefix_bytes=PREFIX_BYTES if len(prompts) > 1 else 0,
     )
+    if arguments.image:
+        prompts = [generator.see(prompt, arguments.image) for prompt in prompts]
     if len(prompts) == 1 and not arguments.json:
         _stream(generator, prompts[0], settings)
         return 0

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import model as models
+from trivium.compiler import parts, shapes
 from trivium.compiler import recipe as recipes
-from trivium.compiler import shapes
 from trivium.compiler.backend import cache_form
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generation import sourced
 from trivium.compiler.generation.recognize import recognize
 from trivium.compiler.generator import STEP_TOKENS, Decoder, Generator, Role
 from trivium.compiler.recipe import Applied, Context, Recipe, Step
@@ -34,12 +35,18 @@ PREFILL = 128
 """New tokens of the prefill program of an engine that needs it fixed."""
 
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
-_CARRIED = (TOKENIZER, "tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)
+IMAGES = "preprocessor_config.json"
+_CARRIED = (TOKENIZER, "tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE, IMAGES)
 """Files of a checkpoint folder that an artifact takes along."""
 
 
-def prepare(model: ir.Model, job: Job) -> tuple[Generator | None, Workload, list[Applied]]:
+def prepare(
+    model: ir.Model, job: Job, beside: Sequence[str] = ()
+) -> tuple[Generator | None, Workload, list[Applied]]:
     """Make a generator of an optimized decoder, in place, if it is one and that is asked for.
+
+    Args:
+        beside: Inputs that have nothing to do with its tokens.
 
     Returns:
         How to drive it, the workload with the sizes that its programs take, and the pass that gave
@@ -58,10 +65,10 @@ def prepare(model: ir.Model, job: Job) -> tuple[Generator | None, Workload, list
             remedy="leave it out",
         )
     applied: list[Applied] = []
-    found = recognize(model)
+    found = recognize(model, beside)
     if found is None and (asked.wanted or folder):
         applied = [_insert_cache(model, form)]
-        found = recognize(model) if applied[0].modified else None
+        found = recognize(model, beside) if applied[0].modified else None
     if found is not None and form == "static" and found.form != form:
         found = None
     if found is None:
@@ -79,6 +86,41 @@ def prepare(model: ir.Model, job: Job) -> tuple[Generator | None, Workload, list
     return generator, workload, applied
 
 
+def prepare_part(
+    part: ir.Model, whole: ir.Model, job: Job
+) -> tuple[Generator | None, Workload, list[Applied]]:
+    """`prepare` for the last part of a model, if that is a decoder which sees.
+
+    An engine whose sizes are all fixed runs the whole as it is.
+
+    Raises:
+        BadInput: As `prepare`, or a generator of other parts is asked for.
+    """
+    sight, source = parts.sight_of(whole), sourced.source_of(whole)
+    apart = sight is not None or source is not None
+    if not apart or cache_form(job.backend) in (None, "static"):
+        if job.generating.wanted:
+            raise BadInput(
+                f"{job.backend.name} makes no generator of a model of several parts",
+                about="--generator",
+                remedy="leave it out, or try --backend onnxruntime",
+            )
+        return None, job.workload, []
+    found, workload, applied = prepare(part, job, source.memory if source is not None else ())
+    if found is None:
+        return None, workload, applied
+    # What is taken of an encoder is that of one row.
+    rows = found.rows if source is None else 1
+    return replace(found, sight=sight, source=source, rows=rows), workload, applied
+
+
+def with_source(model: ir.Model, job: Job) -> None:
+    """Cut a model with an encoder and a decoder into both, if it is to be a generator."""
+    source, form = sourced.source_of(model), cache_form(job.backend)
+    if source is not None and job.generating.wanted is not False and form not in (None, "static"):
+        sourced.declare(model, sourced.cut(model, source))
+
+
 def _insert_cache(model: ir.Model, form: str) -> Applied:
     options = {"form": form, "outputs": "chosen"}
     step = Recipe("generator", (Step("insert-kv-cache", options),))
@@ -88,7 +130,10 @@ def _insert_cache(model: ir.Model, form: str) -> Applied:
 
 def _with_facts(found: Generator, source: Path, context: int | None) -> Generator:
     """Add what the checkpoint folder says of a decoder."""
-    options = _read(source / "config.json") | _read(source / "generation_config.json")
+    config = _read(source / "config.json")
+    text = config.get("text_config")
+    options = (text if isinstance(text, dict) else {}) | config
+    options |= _read(source / "generation_config.json")
     eos = options.get("eos_token_id")
     return replace(
         found,
@@ -145,13 +190,30 @@ def _sized(found: Generator, model: ir.Model, job: Job) -> tuple[Generator, Work
             about=f"--prefill {longest}",
             remedy="give sizes up to that, or a larger --context",
         )
-    takes = sorted({1, *(job.generating.prefill or (min(PREFILL, found.context),))})
-    names = {size: "decode" if size == 1 else f"prefill{size}" for size in takes}
+    takes = {1, *(job.generating.prefill or (min(PREFILL, found.context),))}
+    roles = [Role("decode" if n == 1 else f"prefill{n}", n) for n in sorted(takes)]
     dims = {str(batch): rows, **workload.dims}
     dims.pop(new)
+    buckets = dict(workload.buckets)
+    if job.generating.guesses:
+        # The last token that is known goes before those that are guessed.
+        width = job.generating.guesses + 1
+        places = infos[found.chosen].shape[0] if found.chosen is not None else None
+        if width > found.context or not isinstance(places, str):
+            raise BadInput(
+                f"the context is {found.context} tokens"
+                if width > found.context
+                else "the model does not let the positions of its logits be chosen",
+                about=f"--guesses {job.generating.guesses}",
+                remedy="leave it out",
+            )
+        roles.append(Role(f"check{width}", width, width))
+        takes.add(width)
+        dims.pop(places)
+        buckets[places] = (1, width)
     return (
-        replace(found, rows=rows, programs=tuple(Role(names[size], size) for size in takes)),
-        replace(workload, dims=dims, buckets={**workload.buckets, new: tuple(takes)}),
+        replace(found, rows=rows, programs=tuple(roles)),
+        replace(workload, dims=dims, buckets={**buckets, new: tuple(sorted(takes))}),
     )
 
 
@@ -159,8 +221,9 @@ def one_step(prepared: Prepared, generator: Generator) -> Prepared:
     """The model as it decodes one token, for the cost model."""
     model = prepared.model.clone()
     tokens = next(info for info in prepared.inputs if info.name == generator.tokens)
-    batch, new = tokens.shape
-    dims = {str(batch): 1, **prepared.workload.dims, str(new): 1}
+    batch, new = tokens.shape[:2]
+    one = dict.fromkeys(prepared.workload.buckets, 1)
+    dims = {str(batch): 1, **prepared.workload.dims, **one, str(new): 1}
     workload = replace(prepared.workload, dims=dims, buckets={})
     shapes.bind(model, workload)
     return replace(prepared, model=model, workload=workload)
@@ -215,13 +278,14 @@ def rows_of(generator: Generator, feed: Mapping[str, Any]) -> list[list[int]]:
 def expected_logits(
     generator: Generator, feed: Mapping[str, Any], outputs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The source's logits at the tokens that are no padding, row after row."""
+    """The source's logits at the tokens that are no padding, row after row; and what the parts
+    before the decoder give, if it has some."""
     import numpy as np
 
     logits = np.asarray(outputs[generator.logits], np.float32)
     mask = feed.get(generator.mask or "")
     kept = np.ones(logits.shape[:2]) if mask is None else np.asarray(mask)
-    return {generator.logits: logits[kept != 0]}
+    return {**(outputs if generator.sight else {}), generator.logits: logits[kept != 0]}
 
 
 def logits_of(

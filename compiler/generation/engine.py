@@ -1,9 +1,9 @@
 """The loop that generates: requests come and go at every step, and share each call of the model.
 
 Continuous batching: a request that arrives is read (prefill) and joins those that are being
-continued; one that ends leaves at once. A step gives every active request at least one token. With
-a single one active, tokens are also guessed ahead (`speculation`); the tokens that come out are the
-same either way, and the same in any company.
+continued; one that ends leaves at once. A step gives every active request at least one token.
+Tokens are also guessed ahead (`speculation`); those that come out are the same either way, and the
+same in any company.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Engine:
         self.counts = Counts()
         if capacity is not None:  # asked for; otherwise each text takes what it may need
             require_memory(generator, self.rows, self.capacity)
-        self._speculate = speculate and generator.checks_guesses
+        self._speculate = speculate
         self._prefixes = PrefixCache(decoder, prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
@@ -157,7 +157,9 @@ class Engine:
     def prepare(self, prompt: Sequence[int], settings: Settings) -> Request:
         """Check a prompt, without queueing it; see `submit`."""
         vocabulary = self.decoder.generator.vocabulary
-        wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        wrong = next(
+            (t for t in prompt if not (0 <= t < vocabulary or self.decoder.knows(t))), None
+        )
         if not prompt:
             raise BadInput("is empty", about="the prompt", remedy="give at least one token")
         if wrong is not None:
@@ -244,28 +246,50 @@ class Engine:
         return piece
 
     def _decode(self) -> list[Piece]:
-        guesses = [self._guess(request) for request in self._active]
-        fed = [[r.tokens[-1], *guess] for r, guess in zip(self._active, guesses, strict=True)]
-        logits = self.decoder.feed(self._cache, fed, keep=max(map(len, fed)))
+        guesses = self._guesses()
+        width = max(map(len, guesses))
+        # All rows get as many tokens, or they would have to be moved: what a text has no guess for
+        # is filled up with its last token, which may come true like any other.
+        fed = [
+            [r.tokens[-1], *guess, *[r.tokens[-1]] * (width - len(guess))]
+            for r, guess in zip(self._active, guesses, strict=True)
+        ]
+        logits = self.decoder.feed(self._cache, fed, keep=width + 1)
         pieces = []
-        for request, tokens, rows in zip(self._active, fed, logits, strict=True):
-            piece = self._take(request, rows[-len(tokens) :], tokens[1:])
+        for request, tokens, guess, rows in zip(self._active, fed, guesses, logits, strict=True):
+            piece = self._take(request, rows, tokens[1:], len(guess))
             pieces.append(piece)
         # What was guessed wrong is forgotten; the last token of each has not been fed yet.
         self.decoder.truncate(self._cache, [len(r.tokens) - 1 for r in self._active])
         self._keep_active([request for request in self._active if request.finish_reason is None])
         return pieces
 
-    def _guess(self, request: Request) -> list[int]:
-        """What may come next; rows that are fed different numbers of tokens would cost more than
-        guesses win, so only of one that is alone."""
-        if not self._speculate or len(self._active) > 1:
-            return []
-        left = request.settings.max_new_tokens - len(request.generated)
-        return request.lookup.guess(min(left, self.capacity - len(request.tokens)) - 1)
+    def _guesses(self) -> list[list[int]]:
+        """What may come next in each text; nothing where checking it would not pay.
 
-    def _take(self, request: Request, logits: Array, guess: Sequence[int] = ()) -> Piece:
-        """Choose tokens after those that were fed, as far as what was guessed is what is chosen."""
+        A call checks as many tokens of every text, so as many are guessed as half of them have
+        guesses for; and no text may outgrow its room.
+        """
+        none: list[list[int]] = [[] for _ in self._active]
+        checked = self.decoder.generator.most_checked(len(self._active))
+        room = min(self.capacity - len(request.tokens) for request in self._active) - 1
+        most = room if checked is None else min(room, checked - 1)
+        if not self._speculate or most < 1:
+            return none
+        guesses = []
+        for request in self._active:
+            left = request.settings.max_new_tokens - len(request.generated) - 1
+            guesses.append(request.lookup.guess(min(left, most)))
+        width = sorted(map(len, guesses))[len(guesses) // 2]
+        return [guess[:width] for guess in guesses] if width else none
+
+    def _take(
+        self, request: Request, logits: Array, guess: Sequence[int] = (), guessed: int = 0
+    ) -> Piece:
+        """Choose tokens after those that were fed, as far as what was guessed is what is chosen.
+
+        The first ``guessed`` tokens of a guess are guesses, the rest fills up.
+        """
         settings = request.settings
         new: list[int] = []
         reports: list[LogProbs] = []
@@ -281,11 +305,11 @@ class Engine:
             if reason is not None or place >= len(guess) or token != guess[place]:
                 break
         accepted = len(new) - 1
-        request.lookup.learn(len(guess), accepted)
+        request.lookup.learn(guessed, min(accepted, guessed))
         request.lookup.extend(new)
         self.counts.generated += len(new)
-        self.counts.guessed += len(guess)
-        self.counts.accepted += accepted
+        self.counts.guessed += guessed
+        self.counts.accepted += min(accepted, guessed)
         request.first_token = request.first_token or time.monotonic()
         if reason is not None:
             return self._end(request, reason, text, tuple(new), tuple(reports))

@@ -59,12 +59,19 @@ class GeneratorExecutable:
         generator = self._decoder.generator
         ready = conform_feeds(feeds, self.inputs)
         ids = ready[generator.tokens]
-        kept = np.asarray(ready.get(generator.mask or "", np.ones(ids.shape))) != 0
-        logits = np.zeros((*ids.shape, generator.vocabulary), np.float32)
+        kept = np.asarray(ready.get(generator.mask or "", np.ones(ids.shape[:2]))) != 0
+        logits = np.zeros((*ids.shape[:2], generator.vocabulary), np.float32)
         for row, (own, keep) in enumerate(zip(ids, kept, strict=True)):
-            tokens = [int(token) for token in own[keep]]
+            tokens = self._tokens(own[keep])
             if not tokens:
                 continue
             cache = self._decoder.start(capacity=len(tokens))
             logits[row, keep] = self._decoder.feed(cache, [tokens], keep=len(tokens))[0]
         return {generator.logits: logits}
+
+    def _tokens(self, own: np.ndarray[Any, Any]) -> list[int]:
+        """The tokens of a row, of which a decoder that sees is given the embeddings."""
+        embeddings = getattr(self._decoder, "embeddings", None)
+        if embeddings is None:
+            return [int(token) for token in own]
+        return list(embeddings.add(own))

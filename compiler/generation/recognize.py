@@ -45,9 +45,10 @@ _SMALL = (
 """What ids and positions pass through on their way to a table."""
 
 
-def recognize(model: ir.Model) -> Generator | None:
+def recognize(model: ir.Model, beside: Sequence[str] = ()) -> Generator | None:
     """Describe how a graph with caches is driven; None if it has none, or they are not understood.
 
+    Inputs in ``beside`` have nothing to do with its tokens.
     ``context`` is 0 where no table of the graph says how many positions there are, ``vocabulary``
     where the output is not as wide as the table of tokens is long (hidden states, not logits).
     """
@@ -57,15 +58,18 @@ def recognize(model: ir.Model) -> Generator | None:
     caches = tuple(_caches(model.graph, infos))
     if not caches:
         return None
-    others = [v for v in model.graph.inputs if v.name in infos and not _holds(caches, v.name)]
+    known = {*infos}.difference(beside)
+    others = [v for v in model.graph.inputs if v.name in known and not _holds(caches, v.name)]
     tables = {v.name or "": list(_tables(v)) for v in others if _is_integer(infos[v.name or ""])}
     results = [v for v in model.graph.outputs if not any(v.name == c.present for c in caches)]
     logits = next((v for v in results if v.shape is not None and len(v.shape) == 3), None)
-    tokens = _tokens(tables, logits)
+    embedded = next((v for v in others if _is_embedded(infos[v.name or ""])), None)
+    tokens = _tokens(tables, logits) or (embedded.name if embedded is not None else None)
     if tokens is None or logits is None or logits.shape is None:
         return None
     width = logits.shape[2]
-    rows = {_shape(table)[0] for table in tables[tokens] if _shape(table)}
+    looked_up = tables.get(tokens, [])
+    rows = {_shape(table)[0] for table in looked_up if _shape(table)} or {width}
     positions = next((n for n, found in tables.items() if found and n != tokens), None)
     rest = [v.name or "" for v in others if v.name not in (tokens, positions)]
     mask = next((n for n in rest if len(infos[n].shape) in (2, 4)), None)
@@ -82,7 +86,8 @@ def recognize(model: ir.Model) -> Generator | None:
         logits=logits.name or "",
         vocabulary=width if isinstance(width, int) and width in rows else 0,
         caches=caches,
-        context=_context(model.graph, tables[tokens]),
+        # With an encoder, positions are distances, and their tables bound nothing.
+        context=0 if beside else _context(model.graph, looked_up),
         mask=mask,
         positions=positions,
         start=start,
@@ -98,6 +103,11 @@ def _holds(caches: Iterable[CacheInfo], name: str | None) -> bool:
 
 def _is_integer(info: TensorInfo) -> bool:
     return info.dtype in ("int64", "int32")
+
+
+def _is_embedded(info: TensorInfo) -> bool:
+    """Whether an input may hold the embeddings of tokens, [rows, new, width]."""
+    return len(info.shape) == 3 and isinstance(info.shape[2], int) and "float" in info.dtype
 
 
 def _caches(graph: ir.Graph, infos: dict[str, TensorInfo]) -> Iterator[CacheInfo]:

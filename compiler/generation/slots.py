@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler.errors import BackendFailed, BadInput
@@ -20,7 +20,25 @@ from trivium.compiler.generator import Generator
 if TYPE_CHECKING:
     import numpy as np
 
+    from trivium.compiler.generation.seeing import Embeddings
+    from trivium.compiler.generation.sourced import Sources
+
     Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Columns of new tokens that go into one call.
+
+    Attributes:
+        size: How many the program takes; those beyond ``last`` are padding.
+        checks: Whether it is the program that gives the logits of all of them.
+    """
+
+    first: int
+    last: int
+    size: int
+    checks: bool = False
 
 
 @dataclass
@@ -30,10 +48,12 @@ class SlotCache:
     Attributes:
         lengths: Of each row; the longest fills all slots that are in use.
         buffers: One for each of the generator's caches, as the engine holds them.
+        memory: What a decoder takes of an encoder at each call, by name.
     """
 
     lengths: list[int]
     buffers: list[Any]
+    memory: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def filled(self) -> int:
@@ -45,14 +65,21 @@ class SlotDecoder(ABC):
 
     Attributes:
         generator: What the graph is.
+        embeddings: What turns tokens into what the graph takes, where those are no tokens.
+        sources: What knows the texts that a decoder goes out from, where it has an encoder.
         sizes: How many new tokens its programs take, ascending; empty where any number will do.
     """
 
     where: str
+    embeddings: Embeddings | None = None
+    sources: Sources | None = None
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
-        self.sizes = sorted({r.tokens for r in generator.programs if r.tokens is not None})
+        self.sizes = sorted(
+            {r.tokens for r in generator.programs if r.tokens is not None and r.logits == 1}
+        )
+        self.checked = generator.checker.logits if generator.checker is not None else 0
 
     # What an engine provides.
 
@@ -99,6 +126,7 @@ class SlotDecoder(ABC):
         require_room(self.generator, cache.lengths, counts)
         # Rows end in one column where they can; but one that goes on from its cache must do so
         # without a gap, which windows of attention would count.
+        tokens = self._with_source(cache, tokens)
         old, total = cache.lengths, max(counts, default=0)
         logits = np.zeros((len(counts), keep, self.generator.vocabulary or 1), np.float32)
         if not total:
@@ -108,12 +136,13 @@ class SlotDecoder(ABC):
         ids = np.zeros((len(counts), total), np.int64)
         for row, (new, end) in enumerate(zip(tokens, ends, strict=True)):
             ids[row, end - len(new) : end] = new
-        for first, last in self._pieces(total, keep if right else total, cache):
+        for piece in self._pieces(total, keep if right else total, cache):
+            first, last = piece.first, piece.last
             rows = list(zip(counts, ends, strict=True))
             spans = [_within(end - new, end, first, last) for new, end in rows]
             wanted = [_within(end - min(keep, new), end, first, last) for new, end in rows]
             columns = range(min(lo for lo, _ in wanted), max(hi for _, hi in wanted))
-            found = self._piece(cache, ids[:, first:last], spans, columns)
+            found = self._piece(cache, ids[:, first:last], spans, columns, piece)
             if found.shape[-1] != logits.shape[-1]:  # hidden states, not logits
                 logits = np.zeros((*logits.shape[:2], found.shape[-1]), np.float32)
             for row, (lo, hi) in enumerate(wanted):
@@ -121,21 +150,49 @@ class SlotDecoder(ABC):
                 logits[row, place : place + hi - lo] = found[row, lo - skip : hi - skip]
         return logits
 
-    def _pieces(self, total: int, keep: int, cache: SlotCache) -> list[tuple[int, int]]:
+    def knows(self, token: int) -> bool:
+        """Whether a token beyond the vocabulary stands for an image or a source."""
+        return any(one is not None and one.knows(token) for one in (self.embeddings, self.sources))
+
+    def _with_source(
+        self, cache: SlotCache, tokens: Sequence[Sequence[int]]
+    ) -> Sequence[Sequence[int]]:
+        """The tokens with what stands for a source replaced; the cache then knows it."""
+        if self.sources is None or cache.filled or not tokens or not tokens[0]:
+            return tokens
+        (first, *rest), *others = tokens
+        if not self.sources.knows(first):
+            return tokens
+        cache.memory = self.sources.held(first)
+        return [[self.sources.source.start, *rest], *others]
+
+    def _pieces(self, total: int, keep: int, cache: SlotCache) -> list[_Piece]:
         """Cut the new tokens into what the programs can take at once.
 
         A program with fixed sizes, or one that gives the last position only, has the logits of one
-        token; so the last ``keep`` tokens go one by one.
+        token; so the last ``keep`` tokens go to the program that checks some, or one by one.
         """
-        head = total if self.generator.checks_guesses else max(total - keep + 1, 1)
-        pieces, first = [], 0
-        while first < head:
+        if self.generator.checks_any:
+            return [_Piece(0, total, total)]
+        head, first = max(total - keep + 1, 1), 0
+        pieces: list[_Piece] = []
+        if self._checks(keep, cache.filled + total - keep):
+            head = total - keep
+        while first < total:
             # Padding goes to the right of the new tokens, and needs room in the buffers.
-            room = self.generator.context - cache.filled - first
-            last = min(head, first + self._size(head - first, room))
-            pieces.append((first, last))
-            first = last
-        return pieces + [(column, column + 1) for column in range(head, total)]
+            left, filled = total - first, cache.filled + first
+            checks = first >= head and self._checks(left, filled)
+            if not checks:
+                left = max(head - first, 1)
+            room = self.generator.context - filled
+            size = self.checked if checks else self._size(left, room)
+            pieces.append(_Piece(first, first + min(left, size), size, checks))
+            first = pieces[-1].last
+        return pieces
+
+    def _checks(self, tokens: int, filled: int) -> bool:
+        """Whether the program that checks guesses has the logits of some tokens, and room."""
+        return tokens > 1 and 1 < self.checked <= self.generator.context - filled
 
     def _size(self, tokens: int, room: int) -> int:
         """How many tokens the program takes that fits some best."""
@@ -150,14 +207,14 @@ class SlotDecoder(ABC):
         ids: Array,
         spans: Sequence[tuple[int, int]],
         columns: range,
+        piece: _Piece,
     ) -> Array:
         """Feed one piece, of whose columns each row has those in its span; return the logits of
         some columns."""
         import numpy as np
 
         generator, filled = self.generator, cache.filled
-        rows, size = ids.shape
-        padded = self._size(size, generator.context - filled)
+        (rows, size), padded = ids.shape, piece.size
         old = np.array(cache.lengths)
         first, last = (np.array(edges)[:, None] + filled for edges in zip(*spans, strict=True))
         slots = np.arange(filled + padded)
@@ -171,7 +228,10 @@ class SlotDecoder(ABC):
             )
         idle = self._rows(rows) - rows
         padding = ((0, idle), (0, padded - size))
-        feeds: dict[str, Array] = {generator.tokens: np.pad(ids, padding)}
+        new = np.pad(ids, padding)
+        feeds: dict[str, Array] = {
+            generator.tokens: new if self.embeddings is None else self.embeddings(new)
+        }
         if generator.mask is not None:
             whole = generator.context if generator.form == "static" else filled + padded
             mask = np.zeros((rows + idle, whole), np.int64)
@@ -186,11 +246,13 @@ class SlotDecoder(ABC):
         # What no row wants is asked for all the same where a program has a fixed place for it.
         wanted = columns or range(size - 1, size)
         if generator.chosen is not None:
-            feeds[generator.chosen] = np.arange(wanted.start, wanted.stop)
+            asked = range(padded) if piece.checks else wanted
+            feeds[generator.chosen] = np.arange(asked.start, asked.stop)
+        feeds |= cache.memory
         logits, cache.buffers = self._call(feeds, cache.buffers)
         logits = logits[:rows]
         self._settle(cache, spans, size)
-        if generator.chosen is None and generator.kept == "all":
+        if piece.checks or (generator.chosen is None and generator.kept == "all"):
             logits = logits[:, wanted.start : wanted.stop]
         return logits.astype(np.float32, copy=False)
 
@@ -258,7 +320,9 @@ class SlotDecoder(ABC):
             first = caches[index].filled - caches[index].lengths[source]
             slots[row, slots.shape[1] - length :] = np.arange(first, first + length)
         rows = [(index, source) for index, source, _ in places]
-        return SlotCache(lengths, self._moved([c.buffers for c in caches], rows, slots))
+        moved = self._moved([c.buffers for c in caches], rows, slots)
+        # Programs that take the memory of a source have one row.
+        return SlotCache(lengths, moved, caches[places[0][0]].memory if places else {})
 
 
 def _within(lo: int, hi: int, first: int, last: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trivium.compiler.artifact import Artifact
@@ -101,6 +102,11 @@ class TextGenerator:
         Raises:
             BadInput: It is a text, and the artifact has no tokenizer.
         """
+        tokens = self._tokens(prompt)
+        sources = getattr(self.decoder, "sources", None)
+        return tokens if sources is None or not tokens else [sources.read(tokens)]
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
@@ -110,6 +116,33 @@ class TextGenerator:
                 remedy="give tokens (--prompt-ids)",
             )
         return self.tokenizer.encode(prompt)
+
+    def see(self, prompt: Prompt, images: Sequence[str | os.PathLike[str] | Any]) -> list[int]:
+        """Return the tokens of a prompt with images in it, to be continued like any other.
+
+        Args:
+            prompt: It has a place for each image, ``<image>`` as a rule.
+            images: Files, or arrays float [channels, height, width], normalized.
+
+        Raises:
+            BadInput: The model sees no images, or the prompt has not as many places.
+        """
+        import numpy as np
+
+        from trivium.compiler.generation import images as image_files
+        from trivium.compiler.generation.seeing import with_images
+
+        embeddings = getattr(self.decoder, "embeddings", None)
+        if embeddings is None:
+            raise BadInput("it sees no images", about=str(self.artifact.path))
+        pixels = next(i for i in self.artifact.inputs if i.name == embeddings.sight.pixels)
+        read = [
+            np.asarray(image, np.float32)
+            if isinstance(image, np.ndarray)
+            else image_files.read(Path(image), self.artifact, pixels)
+            for image in images
+        ]
+        return with_images(self.encode(prompt), read, embeddings)
 
     def stream(
         self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] = GREEDY

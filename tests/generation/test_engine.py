@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 import trivium
 from tests.generation.conftest import VOCAB
 from tests.generation.oracle import Oracle
+from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generation.engine import Engine, Piece
 from trivium.compiler.generation.sampling import Settings
 from trivium.compiler.generation.text import TextGenerator
+from trivium.passes.insert_kv_cache import InsertKVCache
 
 PROMPTS = ["ROMEO:\nI", "JULIET:\nO", "KING HENRY:", "First Citizen:\nBefore we", "A", "DUKE"]
 
@@ -86,6 +88,32 @@ def test_speculation_saves_steps_on_text_that_repeats(shakespeare: Artifact) -> 
     assert runs[True][0] == runs[False][0]
     assert runs[True][1].steps < 0.7 * runs[False][1].steps
     assert runs[True][1].accepted > 20
+
+
+def test_texts_that_share_calls_are_guessed_ahead_together(
+    any_decoder: Path, tmp_path: Path
+) -> None:
+    # Caches that the engine writes in place take one token of several rows at a time: the source
+    # has caches of its own here, and they stay as they are.
+    model = models.load(any_decoder)
+    InsertKVCache(outputs="all")(model)
+    path = tmp_path / "cached.onnx"
+    models.save(model, path)
+    artifact = trivium.compile(path, "cpu", out=tmp_path / "out", use_cache=False)
+    decoder = artifact.load().generator()  # type: ignore[attr-defined]
+    prompts = [[3, 1, 4, 1, 5] * 3, [7, 8] * 4, [9, 2, 6, 9, 2, 6, 9]]
+    tokens, steps = {}, {}
+    for speculate in (False, True):
+        engine = Engine(decoder, None, rows=3, speculate=speculate)
+        asked = [Settings(max_new_tokens=count) for count in (24, 30, 27)]
+        requests = [engine.submit(p, own) for p, own in zip(prompts, asked, strict=True)]
+        while engine.busy:
+            engine.step()
+        tokens[speculate] = [request.tokens for request in requests]
+        steps[speculate] = engine.counts.steps
+    assert tokens[True] == tokens[False]
+    assert engine.counts.accepted > 0
+    assert steps[True] <= steps[False]
 
 
 def test_prompts_that_begin_alike_are_read_once(shakespeare: Artifact) -> None:

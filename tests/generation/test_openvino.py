@@ -23,6 +23,8 @@ from trivium.compiler.generation.sampling import Settings
 from trivium.compiler.generator import Decoder
 from trivium.passes.insert_kv_cache import InsertKVCache
 
+PEERS = ("lord", "liege", "gracious lord")
+
 
 def compiled(path: Path, out: Path, **options: Any) -> Artifact:
     return trivium.compile(
@@ -114,6 +116,17 @@ def test_texts_that_share_calls_are_those_that_are_alone(shakespeare: Artifact) 
     together = trivium.TextGenerator(shakespeare, rows=3).complete(texts, settings)
     alone = trivium.TextGenerator(shakespeare, rows=1)
     assert [one.text for one in together] == [alone.complete([t], settings)[0].text for t in texts]
+
+
+def test_several_texts_are_guessed_ahead_and_stay_the_same(shakespeare: Artifact) -> None:
+    texts = [f"KING RICHARD III:\nI'll not, my {lord}.\n\nKING RICHARD III:\n" for lord in PEERS]
+    settings = Settings(max_new_tokens=60)
+    plain = trivium.TextGenerator(shakespeare, rows=3, speculate=False)
+    ahead = trivium.TextGenerator(shakespeare, rows=3)
+    expected = [one.tokens for one in plain.complete(texts, settings)]
+    assert [one.tokens for one in ahead.complete(texts, settings)] == expected
+    assert ahead.engine.counts.accepted > 20
+    assert ahead.engine.counts.steps < 0.9 * plain.engine.counts.steps
 
 
 @pytest.mark.parametrize(("recipe", "precision"), [("int4", "i4"), ("int8-weights", "i8")])

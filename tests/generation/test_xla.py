@@ -96,6 +96,40 @@ def test_rows_that_differ_in_length_are_driven_together(llama: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_guesses_are_checked_by_a_program_of_their_own(llama: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prefill": (8,), "context": 48, "guesses": 3}
+    artifact = compiled(llama, tmp_path / "out", shape=["batch=2"], **options)
+    assert {program.name for program in artifact.programs} == {"decode", "prefill8", "check4"}
+    assert aliased(artifact, "check4") == 2
+    oracle, decoder = Oracle(llama), decoder_of(artifact)
+    cache = decoder.start(rows=2)
+    rows = [[5, 6, 7, 8, 9, 1, 2], [3, 4]]
+    found = decoder.feed(cache, rows, keep=3)
+    for row, logits in zip(rows, found, strict=True):
+        kept = min(3, len(row))
+        np.testing.assert_allclose(logits[-kept:], oracle(row)[-kept:], atol=5e-5)
+    found = decoder.feed(cache, [[1, 2, 3], [4, 5, 6]], keep=3)
+    for row, new, logits in zip(rows, ([1, 2, 3], [4, 5, 6]), found, strict=True):
+        np.testing.assert_allclose(logits, oracle([*row, *new])[-3:], atol=5e-5)
+    runs = {}
+    for speculate in (False, True):
+        engine = Engine(decoder, None, rows=2, speculate=speculate)
+        prompts = ([3, 1, 4, 1, 5] * 3, [7, 8] * 4)
+        requests = [engine.submit(prompt, Settings(max_new_tokens=30)) for prompt in prompts]
+        while engine.busy:
+            engine.step()
+        runs[speculate] = ([request.tokens for request in requests], engine.counts.steps)
+    assert runs[True][0] == runs[False][0]
+    assert engine.counts.accepted > 0
+    assert runs[True][1] < runs[False][1]
+
+
+def test_more_guesses_than_the_context_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--guesses 16: the context is 16 tokens"):
+        compiled(llama, tmp_path / "out", context=16, prefill=(4,), guesses=16)
+
+
+@pytest.mark.slow
 def test_more_rows_than_compiled_for_are_refused(llama: Path, tmp_path: Path) -> None:
     decoder = decoder_of(compiled(llama, tmp_path / "out", context=16, prefill=(4,)))
     with pytest.raises(BadInput, match="2 sequences at once, and the programs take 1; compile"):
@@ -121,7 +155,8 @@ def test_greedy_tokens_are_the_folder_s_reference(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "platform"), [("tpu-v5e:2x2", "tpu"), ("nvidia-h100-sxm", "cuda")]
+    ("target", "platform"),
+    [("tpu-v5e:2x2", "tpu"), ("nvidia-h100-sxm", "cuda"), ("nvidia-h100-sxm:4", "cuda")],
 )
 def test_ahead_of_time_for_devices(
     target: str, platform: platforms.Platform, llama: Path, tmp_path: Path
@@ -130,7 +165,8 @@ def test_ahead_of_time_for_devices(
     if reason is not None:
         pytest.skip(reason)
     options: dict[str, Any] = {}
-    if platform == "tpu":
+    spread = ":" in target
+    if spread:
         recipe = tmp_path / "sharded.toml"
         recipe.write_text('name = "sharded"\n[[pass]]\nname = "shard"\nmesh = "dp=2,tp=2"\n')
         options = {"recipe": str(recipe), "shape": ["batch=2"]}
@@ -140,7 +176,7 @@ def test_ahead_of_time_for_devices(
         assert aliased(artifact, name) == 2
         one = artifact.manifest["details"]["xla"]["programs"][name]
         assert one["memory"]["aliased"] < 0
-        if platform == "tpu":
+        if spread:
             # Rows along one axis of the mesh, heads along the other.
             assert len(one["partition"]["inputs"]["past_key.0"][:2]) == 2
             assert all(one["partition"]["inputs"]["past_key.0"][:2])
