@@ -12,7 +12,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 CALL_BUDGET_S = 0.2
 """At most, for timing one microbenchmark."""
 
+FIT_S = 2.0
+"""Of a budget, for fitting one engine."""
+
 LEAST_POINTS = 10
 """Fewer do not tell six coefficients apart."""
 
@@ -57,7 +60,8 @@ def measure(
 
     Args:
         target: The host.
-        budget_s: Shared evenly by the engines; what did not get its turn is left out.
+        budget_s: Shared evenly by the engines, and what they leave by the others; what did not
+            get its turn is left out.
 
     Raises:
         Unsupported: The target is not this machine, or nothing that runs here can be fitted.
@@ -69,18 +73,26 @@ def measure(
             remedy="give published points with --from FILE.csv",
         )
     engines = [name for name in target.backends if _available(name)]
-    found = {}
-    end = time.perf_counter() + budget_s
+    end = time.perf_counter() + budget_s - FIT_S * len(engines)
+    points: dict[str, list[Point]] = {name: [] for name in engines}
     with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
         models = list(microbenchmarks.write(Path(folder)))
-        for index, name in enumerate(engines):
-            now = time.perf_counter()
-            deadline = now + (end - now) / (len(engines) - index)
-            points = _points(name, target, models, deadline, progress)
-            if len(points) >= LEAST_POINTS:
-                found[f"engine_{name}"] = fit_engine(name, target, points)
-            else:
-                progress(f"{name}: only {len(points)} points in its time; raise --budget")
+        # In strides, so that a budget that is too short still leaves some of each kind.
+        order = [models[at] for start in range(3) for at in range(start, len(models), 3)]
+        left = {name: list(order) for name in engines}
+        # What the quick engines leave of their time is for those that were cut off.
+        for _ in range(2):
+            waiting = [name for name in engines if left[name]]
+            for index, name in enumerate(waiting):
+                now = time.perf_counter()
+                deadline = now + (end - now) / (len(waiting) - index)
+                points[name] += _points(name, target, left[name], deadline, progress)
+    found = {}
+    for name in engines:
+        if len(points[name]) >= LEAST_POINTS:
+            found[f"engine_{name}"] = fit_engine(name, target, points[name])
+        else:
+            progress(f"{name}: only {len(points[name])} points in its time; raise --budget")
     if not found:
         raise Unsupported(
             f"too little was measured in {budget_s:g} s", about=target.name, remedy="--budget 120s"
@@ -98,16 +110,14 @@ def _available(name: str) -> bool:
 def _points(
     engine: str,
     target: Target,
-    models: Sequence[tuple[str, Path]],
+    left: list[tuple[str, Path]],
     deadline: float,
     progress: Progress,
 ) -> list[Point]:
+    """Measure models off the front of a list, until it is empty or the time is over."""
     points: list[Point] = []
-    # In strides, so that a budget that is too short still leaves some of each kind.
-    order = [models[at] for start in range(3) for at in range(start, len(models), 3)]
-    for name, path in order:
-        if time.perf_counter() > deadline:
-            break
+    while left and time.perf_counter() < deadline:
+        name, path = left.pop(0)
         progress(f"{engine}: {name}")
         try:
             points.append(point(engine, target, name, path, (), CALL_BUDGET_S))
@@ -163,7 +173,7 @@ def predict(
 ) -> fitting.Array:
     """Seconds of each point by the engine's formula."""
     assert isinstance(profile.machine, cpu.CpuMachine)
-    machine = cpu.CpuMachine(Calibration(coefficients), profile.machine.bytes_per_s)
+    machine = replace(profile.machine, calibration=Calibration(coefficients))
     seconds = []
     for one in points:
         context = Context(1.0, one.held_bytes, profile.arithmetic, profile.slowdown)
@@ -188,7 +198,8 @@ def fit_engine(engine: str, target: Target, points: Sequence[Point]) -> Calibrat
         return predict(points, target, profile, c)
 
     fitted = fitting.fit(guess, seconds, prior, cpu.DEVICE, cpu.BOUNDS)
-    spread = fitting.spread(guess, seconds, prior, cpu.DEVICE, cpu.BOUNDS)
+    each = len(points)
+    spread = fitting.spread(guess, seconds, prior, cpu.DEVICE, cpu.BOUNDS, each, fitted)
     basis = (
         f"{len(points)} microbenchmarks of {engine} {_version(backend)} on {target.title}, "
         f"{target.units} cores"

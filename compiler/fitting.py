@@ -26,11 +26,18 @@ def fit(
     free: Sequence[str],
     bounds: Mapping[str, tuple[float, float]],
     pull: float = 0.03,
+    start: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Choose the free coefficients; those that the points say nothing of stay at the prior."""
+    """Choose the free coefficients; those that the points say nothing of stay at the prior.
+
+    Args:
+        pull: How much an e-fold off the prior weighs, against an e-fold off the points.
+        start: Where to begin, if not at the prior.
+    """
     low = np.log([bounds[name][0] for name in free])
     high = np.log([bounds[name][1] for name in free])
-    start = np.clip(np.log([prior[name] for name in free]), low, high)
+    center = np.clip(np.log([prior[name] for name in free]), low, high)
+    first = np.clip(np.log([(start or prior)[name] for name in free]), low, high)
 
     def made(logs: Array) -> dict[str, float]:
         return {**prior, **dict(zip(free, np.exp(logs).tolist(), strict=True))}
@@ -39,9 +46,9 @@ def fit(
         off = np.log(seconds / predict(made(logs)))
         # Beyond a half an error grows with its root: an outlier pulls, but not without end.
         robust = np.sign(off) * np.where(np.abs(off) < 0.5, np.abs(off), np.sqrt(np.abs(off) / 2))
-        return np.concatenate([robust / np.sqrt(len(seconds)), pull * (logs - start)])
+        return np.concatenate([robust / np.sqrt(len(seconds)), pull * (logs - center)])
 
-    now, damping = start.copy(), 1e-3
+    now, damping = first, 1e-3
     value = errors(now)
     for _ in range(60):
         step = 1e-3
@@ -70,13 +77,15 @@ def spread(
     free: Sequence[str],
     bounds: Mapping[str, tuple[float, float]],
     parts: int = 5,
+    start: Mapping[str, float] | None = None,
 ) -> float:
-    """What points say of themselves: each fifth predicted by a fit to the others."""
+    """What points say of themselves: each part (as many as points: each of them) predicted by a
+    fit to the others, begun at ``start``."""
     found: list[float] = []
     index = np.arange(len(seconds))
-    for part in range(parts):
+    for part in range(min(parts, len(seconds))):
         out = index % parts == part
-        c = fit(_only(predict, ~out), seconds[~out], prior, free, bounds)
+        c = fit(_only(predict, ~out), seconds[~out], prior, free, bounds, start=start)
         found += np.log(seconds[out] / predict(c)[out]).tolist()
     return spread_of(found)
 

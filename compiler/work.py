@@ -52,12 +52,20 @@ def dtype_name(dtype: ir.DataType | None) -> str:
 
 
 class Product(NamedTuple):
-    """``batch`` products of [m, k] and [k, n]: what a convolution comes down to as well."""
+    """``batch`` products of [m, k] and [k, n]: what a convolution comes down to as well.
+
+    Attributes:
+        row: Elements of the result that lie side by side, as does what they are made from: ``n``
+            of a product, the width of a convolution's picture (1 where it skips); 0 is unknown.
+        taps: Places in a convolution's window: ``k`` is that many runs of channels.
+    """
 
     m: float
     n: float
     k: float
     batch: float = 1.0
+    row: float = 0.0
+    taps: float = 1.0
 
     @property
     def operations(self) -> float:

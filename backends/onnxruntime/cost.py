@@ -9,30 +9,113 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trivium.compiler.cost import Profile, roofline
+from trivium.compiler.machines.cpu import Habits
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Target, Workload
+from trivium.compiler.work import is_weight
 from trivium.targets import calibrations
 from trivium.targets.host import with_bandwidth
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MELTING = (
-    *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish"),
-    *("QuantizeLinear", "BatchNormalization", "Add"),
-)
-"""What ONNX Runtime fuses into the convolution or product before it."""
+    from trivium.compiler.kernels import Kernel
+    from trivium.compiler.work import Product
+
+ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish")
+
+KEEPING = (*ACTIVATIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
+"""What leaves the blocked layout of a convolution's result as it is."""
 
 
 def melts(node: ir.Node) -> bool:
-    """Activations and residual sums fuse, other elementwise operators are kernels."""
-    return is_op(node, *MELTING)
+    """What ONNX Runtime fuses: activations and sums into convolutions and Gemm, a bias into a
+    product, a sum into the normalization that reads it. Everything else is a kernel."""
+    if is_op(node, "QuantizeLinear", "BatchNormalization"):
+        return True
+    if is_op(node, "LayerNormalization"):
+        return _adds_two(_maker(node, 0))
+    if is_op(node, "Add"):
+        return _adds_bias(node) or (_adds_two(node) and all(map(_is_blocked, node.inputs)))
+    maker = _maker(node, 0)
+    if maker is None or not is_op(node, *ACTIVATIONS):
+        return False
+    return is_op(maker, "Conv", "Gemm") or (is_op(maker, "Add") and melts(maker))
+
+
+def _maker(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return value.producer() if value is not None else None
+
+
+def _adds_two(node: ir.Node | None) -> bool:
+    """Whether a node adds two values that are both computed."""
+    if node is None or not is_op(node, "Add"):
+        return False
+    return not any(value is None or is_weight(value) for value in node.inputs)
+
+
+def _adds_bias(node: ir.Node) -> bool:
+    makers = (_maker(node, 0), _maker(node, 1))
+    return not _adds_two(node) and any(one is not None and is_op(one, "MatMul") for one in makers)
+
+
+def _is_blocked(value: ir.Value | None) -> bool:
+    """Whether a value lies in blocks of channels, as the quick convolutions leave it."""
+    node = value.producer() if value is not None else None
+    if node is None:
+        return False
+    if is_op(node, "Conv"):
+        return True
+    if is_op(node, "Add"):
+        return _adds_two(node) and all(map(_is_blocked, node.inputs))
+    return is_op(node, *KEEPING) and _is_blocked(node.inputs[0])
+
+
+def _is_biased(kernel: Kernel) -> bool:
+    return kernel.op_types[:2] == ("MatMul", "Add")
+
+
+def _nodes(kernel: Kernel) -> float:
+    """A product with a bias is a Gemm between two reshapes."""
+    return 3.0 if _is_biased(kernel) else 1.0
+
+
+def _stall(kernel: Kernel, product: Product) -> float:
+    """A Gemm writes the bias to the result first, and reads it again."""
+    return 1.2 if _is_biased(kernel) else 1.0
+
+
+def _slow(kernel: Kernel) -> float:
+    """The sum with a normalization behind it has a kernel that uses neither registers nor cores;
+    transcendentals are vectors of polynomials."""
+    if kernel.op_types[:2] == ("Add", "LayerNormalization"):
+        return 12.0
+    return 0.6 if TRANSCENDENTAL & set(kernel.op_types) else 1.0
+
+
+TRANSCENDENTAL = frozenset(("Exp", "Erf", "Tanh", "Sigmoid", "Gelu", "Softmax", "Attention"))
+
+HABITS = Habits(
+    narrow=12.0,
+    shallow=20.0,
+    depthwise=2.2,
+    bytes_per_operation=2.5,
+    grain=6e4,
+    kernel_wake_s=2e-6,
+    weight_bytes_per_s=80e9,
+    nodes=_nodes,
+    slow=_slow,
+    stall=_stall,
+)
 
 
 def profile_for(target: Target) -> Profile:
     """How the engine runs kernels on a CPU."""
     arithmetic = {"float16": ("float32",), "bfloat16": ("float32",)}
-    return calibrations.cpu_profile(target, "onnxruntime", fused=melts, arithmetic=arithmetic)
+    return calibrations.cpu_profile(
+        target, "onnxruntime", habits=HABITS, fused=melts, arithmetic=arithmetic
+    )
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
+from trivium.compiler.machines.cpu import Habits
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Target, Workload
 from trivium.targets import calibrations
@@ -23,10 +24,22 @@ def melts(node: ir.Node) -> bool:
     return is_op(node, *ELEMENTWISE)
 
 
+HABITS = Habits(
+    narrow=8.0,
+    shallow=20.0,
+    depthwise=1.6,
+    bytes_per_operation=1.7,
+    grain=6e4,
+    kernel_wake_s=1e-6,
+)
+
+
 def profile_for(target: Target) -> Profile:
     """How the engine runs kernels on a CPU."""
     arithmetic = {"float16": ("float32",)}
-    return calibrations.cpu_profile(target, "openvino", fused=melts, arithmetic=arithmetic)
+    return calibrations.cpu_profile(
+        target, "openvino", habits=HABITS, fused=melts, arithmetic=arithmetic
+    )
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:

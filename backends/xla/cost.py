@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from trivium.backends.xla import spread_cost
 from trivium.compiler import links
 from trivium.compiler.cost import ELEMENTWISE, Profile, roofline
+from trivium.compiler.machines.cpu import Habits
 from trivium.compiler.machines.tpu import TpuMachine
 from trivium.compiler.passing import is_op
 from trivium.compiler.types import Estimate, Target, Workload
@@ -28,6 +29,8 @@ from trivium.targets.host import with_bandwidth
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from trivium.compiler.kernels import Kernel
+
 MELTING = (*ELEMENTWISE, "Transpose", "Slice", "Pad", "Expand", "Concat", "Split", "Gather")
 
 
@@ -35,6 +38,43 @@ def melts(node: ir.Node) -> bool:
     """XLA's loop fusion takes elementwise operators and most data movement."""
     return is_op(node, *MELTING)
 
+
+STEPS = {"LayerNormalization": 6.0, "Softmax": 5.0, "Attention": 12.0, "MaxPool": 2.0}
+"""Loops that XLA's CPU compiler leaves of an operator, where it is not one."""
+
+REDUCING = frozenset(
+    (
+        *("Softmax", "LayerNormalization", "Attention", "GlobalAveragePool", "GlobalMaxPool"),
+        *("ReduceSum", "ReduceMean", "ReduceMax"),
+    )
+)
+
+
+def _nodes(kernel: Kernel) -> float:
+    """What surrounds a product is a loop of its own."""
+    steps = sum(STEPS.get(one, 0.0) for one in kernel.op_types)
+    return (steps or 1.0) + (1.0 if kernel.products else 0.0)
+
+
+def _slow(kernel: Kernel) -> float:
+    """Its reductions go through windows, not along registers."""
+    return 2.0 if REDUCING & set(kernel.op_types) else 1.0
+
+
+HABITS = Habits(
+    pads=False,
+    depthwise=1.5,
+    bytes_per_operation=1.25,
+    grain=8e5,
+    kernel_wake_s=8e-6,
+    weight_bytes_per_s=30e9,
+    packs=True,
+    patch_s=1.2e-8,
+    attention=1.4,
+    nodes=_nodes,
+    slow=_slow,
+)
+"""On CPUs."""
 
 DEQUANTIZED = ("float32", "int8", "float8", "int4")
 """Q/DQ graphs are lowered literally: dequantized, then multiplied as float32."""
@@ -48,7 +88,9 @@ def profile_for(target: Target) -> Profile:
     """How XLA runs kernels on a target."""
     if target.family == "cpu":
         widened = dict.fromkeys(("float16", "bfloat16", "int8", "int4"), ("float32",))
-        return calibrations.cpu_profile(target, "xla", fused=melts, arithmetic=widened)
+        return calibrations.cpu_profile(
+            target, "xla", habits=HABITS, fused=melts, arithmetic=widened
+        )
     if target.family == "tpu":
         product = calibrations.find(target, "product")
         call = calibrations.find(target, "engine_xla")

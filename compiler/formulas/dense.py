@@ -17,9 +17,9 @@ def product_of(site: Site, depth: int, right: int = 1, out: int = 0) -> Product:
     width = shape[-1] if shape else 1
     rows = math.prod(shape[:-1])
     if len(site.shape(right)) <= 2:
-        return Product(rows, width, depth)
+        return Product(rows, width, depth, row=width)
     batch = math.prod(site.shape(right)[:-2])
-    return Product(rows / max(batch, 1), width, depth, batch)
+    return Product(rows / max(batch, 1), width, depth, batch, width)
 
 
 def matmul_demand(site: Site, dtype: str, depth: int, right: int = 1) -> Demand:
@@ -77,11 +77,13 @@ def convolution(site: Site, weight: int, bias: int, dtype: str) -> Demand:
     shape = site.out_shape()
     groups = site.attr("group", 1)
     pixels = float(shape[0] * math.prod(shape[2:]))
+    strides = site.attr("strides") or (1,)
+    row = shape[-1] if strides[-1] == 1 else 1
     return Demand(
         2.0 * site.out_count() * depth,
         float(site.out_count()) if site.has(bias) else 0.0,
         dtype=dtype,
-        product=Product(pixels, shape[1] / groups, depth, groups),
+        product=Product(pixels, shape[1] / groups, depth, groups, row, math.prod(kernel[2:])),
     )
 
 

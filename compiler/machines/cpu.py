@@ -2,18 +2,19 @@
 
 For each kernel
 
-    node + max(products / share of the peak, bytes / bandwidth) + elementwise work
+    nodes + (products + reading of cold weights + elementwise work) / cores
 
-- products are padded to the vector registers, and depthwise convolutions, which have nothing to
-  reuse, have a share of their own; so have products of int8;
-- a small kernel is not worth waking all cores for: it is spread over more of them as it grows;
-- what was written a moment ago, and weights that fit, come out of the caches.
+- products are padded to the vector registers, and narrow or shallow ones fill them less well;
+  depthwise convolutions, which have nothing to reuse, are elementwise work;
+- a small kernel is not worth another core: it is spread over them as it grows, and the first one
+  that is pays for waking them;
+- what engines do apart from each other (`Habits`) is theirs to say; how fast they do it is fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from trivium.compiler.calibration import Calibration
 from trivium.compiler.kernels import Kernel
@@ -22,32 +23,27 @@ from trivium.compiler.types import Target
 from trivium.compiler.work import Product
 
 START: Mapping[str, float] = {
-    "call_s": 1e-5,
+    "call_s": 1.5e-5,
     "node_s": 1e-6,
+    "wake_s": 1e-5,
     "dense": 0.7,
-    "depthwise": 0.1,
-    "vector": 0.1,
-    "integer": 0.3,
-    "cache": 4.0,
-    "grain": 2e6,
+    "conv": 0.7,
+    "vector": 0.08,
 }
-"""call_s, node_s: seconds of a call and of a kernel; dense, depthwise, integer, vector: shares of
-the peak that products, depthwise convolutions, products of int8 (of their own peak) and elementwise
-work reach; cache: how much faster than memory the caches are; grain: operations that a core must
-get for it to be woken."""
+"""call_s, node_s, wake_s: seconds of a call, of a node, and of waking other cores once in a call;
+dense, conv, vector: shares of the peak that products of matrices, convolutions and elementwise work
+reach."""
 
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "call_s": (1e-7, 1e-2),
     "node_s": (1e-9, 1e-3),
+    "wake_s": (1e-9, 1e-2),
     "dense": (0.003, 1.5),
-    "depthwise": (0.0005, 1.5),
+    "conv": (0.003, 1.5),
     "vector": (0.0005, 1.5),
-    "integer": (0.0005, 1.5),
-    "cache": (0.5, 40.0),
-    "grain": (1e3, 1e8),
 }
 
-DEVICE = ("call_s", "node_s", "dense", "depthwise", "vector", "integer")
+DEVICE = tuple(START)
 """What a calibration of one machine may change."""
 
 LANES = 16.0
@@ -55,16 +51,76 @@ ROWS = 4.0
 DEPTHWISE_BELOW = 4.0
 """Output channels of a group below which a convolution is depthwise."""
 
+NEAR_BYTES = 2.0 * 2**20
+"""A core's own cache: 1 to 2 MiB on today's servers. Models that are larger find their weights
+farther away at every call."""
+
+INTEGER = 0.5
+"""Of the share that products of floats reach of their peak, what those of int8 reach of theirs."""
+
+STEEP = 2.0
+"""How suddenly kernels become worth another core as they grow."""
+
+SATURATING = 8.0
+"""Cores that together read as fast as memory can be read."""
+
+
+def _once(kernel: Kernel) -> float:
+    return 1.0
+
+
+def _full(kernel: Kernel, product: Product) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What an engine does in its own way, whatever the machine.
+
+    Attributes:
+        pads: Whether products are done in whole registers.
+        narrow, shallow: Columns, and terms of the sum, that the start and end of a product cost.
+        depthwise: Operations of a depthwise convolution in the time of an elementwise one.
+        bytes_per_operation: Bytes that elementwise work moves in the time of an operation.
+        grain: Operations from which a kernel is worth another core.
+        kernel_wake_s: Seconds of handing a kernel to the other cores.
+        weight_bytes_per_s: At which one core reads weights that are near.
+        packs: Whether one core rearranges the weights of a product at every call.
+        patch_s: Seconds of one core for gathering 16 channels at one place of a window, where
+            convolutions are made products that way.
+        attention: Times that an attention's products take one core, of what others would; 0
+            where they are as others.
+        nodes: How many nodes the engine makes of a kernel.
+        slow: How many times an operation its elementwise work takes.
+        stall: How many times the operations of a product its loops take.
+    """
+
+    pads: bool = True
+    narrow: float = 0.0
+    shallow: float = 0.0
+    depthwise: float = 2.0
+    bytes_per_operation: float = 1.5
+    grain: float = 1e5
+    kernel_wake_s: float = 0.0
+    weight_bytes_per_s: float = 50e9
+    packs: bool = False
+    patch_s: float = 0.0
+    attention: float = 0.0
+    nodes: Callable[[Kernel], float] = _once
+    slow: Callable[[Kernel], float] = _once
+    stall: Callable[[Kernel, Product], float] = _full
+
 
 @dataclass(frozen=True)
 class CpuMachine:
     """Times kernels of one engine.
 
     Attributes:
-        bytes_per_s: Of memory, where the target does not state it: it was measured.
+        bytes_per_s: At which one core reads from memory, where the target does not state it.
     """
 
     calibration: Calibration
+    habits: Habits = Habits()
     bytes_per_s: float | None = None
 
     def time(
@@ -75,64 +131,110 @@ class CpuMachine:
             return [None] * len(kernels), (f"no memory bandwidth of {target.name}",)
         found: list[KernelTime | None] = []
         notes: dict[str, None] = {}
-        for kernel in kernels:
-            time = self._time(kernel, target, context)
-            if time is None:
-                notes[f"no published rate of {target.name} for {', '.join(kernel.dense)}"] = None
+        spread, widest = 0.0, 0
+        for index, kernel in enumerate(kernels):
+            timed = self._time(kernel, target, context)
+            if timed is None:
+                kinds = ", ".join(kernel.dense) or "float32"
+                notes[f"no published rate of {target.name} for {kinds}"] = None
+                found.append(None)
+                continue
+            time, share = timed
             found.append(time)
+            if share > spread:
+                spread, widest = share, index
+        first = found[widest] if found else None
+        if first is not None:
+            woken = first.launch + spread * self.calibration["wake_s"]
+            found[widest] = replace(first, launch=woken)
         return found, tuple(notes)
 
-    def _time(self, kernel: Kernel, target: Target, context: Context) -> KernelTime | None:
-        c = self.calibration.coefficients
-        share = context.share
+    def _time(
+        self, kernel: Kernel, target: Target, context: Context
+    ) -> tuple[KernelTime, float] | None:
+        """The time of a kernel, and how far it is spread over the cores: 0 to 1."""
+        c, habits = self.calibration, self.habits
         cores = float(target.units or 1)
-        vector = sum(kernel.vector.values()) * share
-        if not kernel.dense and not vector and not kernel.weight_bytes + kernel.activation_bytes:
-            return KernelTime(0.0, 0.0, 0.0)
-        compute = 0.0
+        peak = target.peak_ops.get("float32", 0.0) / cores
+        vector = sum(kernel.vector.values()) * context.share
+        moved = kernel.activation_bytes * context.share
+        if not kernel.dense and not vector and not kernel.weight_bytes + moved:
+            return KernelTime(0.0, 0.0, 0.0), 0.0
+        if not peak:
+            return None
+        elementwise = vector * habits.slow(kernel) / (peak * c["vector"])
+        copied = moved / habits.bytes_per_operation / (peak * c["vector"])
+        dense = alone = 0.0
         for dtype, operations in kernel.dense.items():
             name, slower = context.arithmetic(dtype, target.peak_ops)
             if name is None:
                 return None
-            known = min(sum(one.operations for one in kernel.products), operations)
-            peak = target.peak_ops[name] / cores
-            for product in kernel.products:
-                part = "integer" if name == "int8" else "dense"
-                if product.n < DEPTHWISE_BELOW and product.batch > 1:
-                    part = "depthwise"
-                work = padded(product) * slower * share * known / max(_sum(kernel), 1.0)
-                compute += work / (peak * c[part] * _cores(work, c["grain"], cores))
-            rest = (operations - known) * slower * share
-            compute += rest / (peak * c["dense"] * _cores(rest, c["grain"], cores))
-        rate = target.peak_ops.get("float32", 0.0) / cores
-        elementwise = 0.0
-        if rate:
-            moved = (kernel.read_bytes + kernel.written_bytes) / 4.0 * share
-            work = max(vector, moved if not kernel.dense else 0.0)
-            elementwise = work / (rate * c["vector"] * _cores(work, c["grain"] / 8, cores))
-        cached = context.held_bytes <= (target.on_chip_bytes or 0.0) / 2
-        bandwidth = target.memory_bytes_per_s or self.bytes_per_s or 1.0
-        memory = kernel.weight_bytes / (bandwidth * (c["cache"] if cached else 1.0))
-        memory += kernel.activation_bytes * share / (bandwidth * c["cache"])
-        body = max(compute, memory) + elementwise
-        return KernelTime(c["node_s"], compute + elementwise, memory, body)
+            known = sum(one.operations for one in kernel.products)
+            part = "conv" if kernel.op_types[0] in CONVOLUTIONS else "dense"
+            rate = target.peak_ops[name] / cores * c[part] / slower
+            rate *= INTEGER if name == "int8" else 1.0
+            counted = context.share * min(operations / max(known, 1.0), 1.0)
+            for one in kernel.products:
+                dense += counted * self._product(kernel, one, rate, peak)
+            rest = max(operations - known, 0.0) * context.share / rate
+            if habits.attention:
+                alone += rest * habits.attention
+            else:
+                dense += rest
+        reading = kernel.weight_bytes / habits.weight_bytes_per_s
+        farther = 0.0
+        if context.held_bytes > NEAR_BYTES * cores:
+            bandwidth = target.memory_bytes_per_s or self.bytes_per_s or 1.0
+            far = kernel.weight_bytes / bandwidth * max(cores / SATURATING, 1.0)
+            farther = max(far - reading, 0.0)
+        if not kernel.dense:
+            work = max(elementwise, copied)
+        elif habits.packs:
+            alone += reading
+            work = dense + elementwise
+        else:
+            work = max(dense, reading) + farther + elementwise
+        spread = 0.0
+        if cores > 1:
+            spread = 1.0 / (1.0 + (habits.grain / (peak * max(work, 1e-12))) ** STEEP)
+        shared = 1.0 - spread + spread / cores
+        return KernelTime(
+            c["node_s"] * habits.nodes(kernel) + spread * habits.kernel_wake_s,
+            alone + (dense + elementwise) * shared,
+            (reading + farther if kernel.dense else copied) * shared,
+            alone + work * shared,
+        ), spread
+
+    def _product(self, kernel: Kernel, product: Product, rate: float, peak: float) -> float:
+        """Seconds of one core for a product at a rate."""
+        c, habits = self.calibration, self.habits
+        if is_depthwise(product):
+            return product.operations / (peak * c["vector"] * habits.depthwise)
+        operations = product.operations
+        if habits.pads:
+            operations = padded(product, habits.narrow, habits.shallow)
+        operations *= habits.stall(kernel, product)
+        gathered = 0.0
+        if habits.patch_s and product.taps > 1:
+            runs = -(-product.k / product.taps // LANES)
+            gathered = product.m * product.batch * product.taps * runs * habits.patch_s
+        return operations / rate + gathered
 
 
-def padded(product: Product) -> float:
+CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "DeformConv")
+
+
+def is_depthwise(product: Product) -> bool:
+    """Whether a product is a convolution of channels one by one."""
+    return product.n < DEPTHWISE_BELOW and product.batch > 1
+
+
+def padded(product: Product, narrow: float = 0.0, shallow: float = 0.0) -> float:
     """Operations with rows and columns rounded up to the registers; one row needs no rounding."""
     wide = _up(product.n, LANES) if product.n >= DEPTHWISE_BELOW else product.n
     tall = _up(product.m, ROWS) if product.m > 1 else product.m
-    return 2.0 * tall * wide * product.k * product.batch
+    return 2.0 * tall * (wide + narrow) * (product.k + shallow) * product.batch
 
 
 def _up(size: float, step: float) -> float:
     return -(-size // step) * step
-
-
-def _sum(kernel: Kernel) -> float:
-    return sum(one.operations for one in kernel.products)
-
-
-def _cores(work: float, grain: float, cores: float) -> float:
-    """How many cores share some work."""
-    return 1.0 + (cores - 1.0) * min(work / (grain * cores), 1.0)

@@ -179,7 +179,7 @@ class _Batch:
         """Time what was queued."""
         for key, waiting in self.products.items():
             table, dtype = key
-            sizes = np.array([product for product, _ in waiting], float).T
+            sizes = np.array([product[:4] for product, _ in waiting], float).T
             m, n, k, batch = sizes
             width = WIDTHS.get(dtype, 2.0)
             activations = np.array([2.0 * kernel.activation_bytes for _, kernel in waiting])

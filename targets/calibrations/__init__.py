@@ -21,7 +21,7 @@ from trivium.compiler.cost import Profile, melts_elementwise
 from trivium.compiler.errors import BadInput
 from trivium.compiler.kernels import Fused
 from trivium.compiler.machines.cpu import START as CPU_START
-from trivium.compiler.machines.cpu import CpuMachine
+from trivium.compiler.machines.cpu import CpuMachine, Habits
 from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
 from trivium.compiler.types import Target
 from trivium.targets.host import with_bandwidth
@@ -104,25 +104,26 @@ def gpu_machine(target: Target, gap_s: float = 0.0, **paces: float) -> GpuMachin
     return GpuMachine({name: find(target, name) for name in TABLES}, gap_s, **paces)
 
 
-def cpu_machine(target: Target, engine: str) -> CpuMachine:
-    """The formula for a CPU with the coefficients of an engine."""
+def cpu_machine(target: Target, engine: str, habits: Habits) -> CpuMachine:
+    """The formula for a CPU with the coefficients and the habits of an engine."""
     calibration = find(target, f"engine_{engine}")
     if calibration.scope == "family":
         calibration = replace(calibration, spread=math.hypot(calibration.spread, OTHER_CPU_SPREAD))
     whole = {**CPU_START, **calibration.coefficients}
     calibration = replace(calibration, coefficients=whole)
-    return CpuMachine(calibration, with_bandwidth(target).memory_bytes_per_s)
+    return CpuMachine(calibration, habits, with_bandwidth(target).memory_bytes_per_s)
 
 
 def cpu_profile(
     target: Target,
     engine: str,
     *,
+    habits: Habits,
     fused: Fused = melts_elementwise,
     arithmetic: Mapping[str, Sequence[str]],
 ) -> Profile:
     """How an engine runs kernels on a CPU; what `Profile` says of the arguments holds here."""
-    machine = cpu_machine(target, engine)
+    machine = cpu_machine(target, engine, habits)
     return Profile(
         spread=machine.calibration.spread,
         calibration=machine.calibration.basis,

@@ -1,0 +1,48 @@
+"""Which nodes ONNX Runtime makes one kernel of, as the cost model sees it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from trivium.backends.onnxruntime.cost import melts
+from trivium.compiler.kernels import kernels_of
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
+
+IMAGE = "float[1,16,8,8]"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # The sum of two results of convolutions is part of the second one.
+        (
+            f"""f ({IMAGE} x, float[16,16,1,1] w) => ({IMAGE} y) {{
+                a = Conv(x, w) b = Relu(a) c = Conv(b, w) d = Add(c, b) y = Relu(d) }}""",
+            ["Conv+Relu", "Conv+Add+Relu"],
+        ),
+        # What was never in blocks of channels is added by a kernel of its own.
+        (
+            f"""f ({IMAGE} x, float[16,16,1,1] w) => ({IMAGE} y) {{
+                c = Conv(x, w) d = Add(c, x) y = Relu(d) }}""",
+            ["Conv", "Add", "Relu"],
+        ),
+        # A bias is part of its product; a sum of two results, of the normalization behind it.
+        (
+            """f (float[4,8] x, float[8,8] w, float[8] s) => (float[4,8] y)
+                <float[8] bias = {0, 0, 0, 0, 0, 0, 0, 0}> {
+                a = MatMul(x, w) b = Add(a, bias) c = Add(b, x) y = LayerNormalization(c, s) }""",
+            ["MatMul+Add", "Add+LayerNormalization"],
+        ),
+        (
+            "f (float[4,8] x) => (float[4,8] y) { a = Mul(x, x) y = Add(a, x) }",
+            ["Mul", "Add"],
+        ),
+    ],
+)
+def test_kernels_are_those_of_the_engine(text: str, expected: list[str]) -> None:
+    model = ir.from_onnx_text(HEADER + text)
+    ir.passes.common.ShapeInferencePass()(model)
+    found = ["+".join(kernel.op_types) for kernel in kernels_of(model.graph, melts)]
+    assert found == expected
