@@ -82,7 +82,7 @@ def _genai(folder: str) -> Callable[[], Feed]:
     return reset
 
 
-def _llama(path: str) -> Callable[[], Feed]:
+def _llama(path: str, *, flash: bool = True) -> Callable[[], Feed]:
     import llama_cpp
 
     llama_cpp.llama_log_set(_quiet(llama_cpp), None)
@@ -91,6 +91,8 @@ def _llama(path: str) -> Callable[[], Feed]:
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = CAPACITY, PREFILL, PREFILL
     parameters.n_threads = parameters.n_threads_batch = 1
+    if not flash:
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama_cpp.llama_init_from_model(model, parameters)
 
     def reset() -> Feed:
@@ -115,7 +117,12 @@ def _quiet(llama_cpp: object) -> object:
 
 _kept: list[object] = []
 
-ENGINES = {"trivium": _trivium, "genai": _genai, "llama": _llama}
+ENGINES = {
+    "trivium": _trivium,
+    "genai": _genai,
+    "llama": _llama,
+    "llama-plain": partial(_llama, flash=False),
+}
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
