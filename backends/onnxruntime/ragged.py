@@ -98,6 +98,9 @@ class RaggedDecoder:
                 logits[row, keep - len(own) :] = found[row, chosen]
         return logits
 
+    def knows(self, token: int) -> bool:
+        return False
+
     def truncate(self, cache: RaggedCache, lengths: Sequence[int]) -> None:
         cache.lengths = list(lengths)
 

@@ -47,7 +47,9 @@ def share_caches(model: ir.Model, generator: Generator) -> Generator:
         return generator
     if any(not isinstance(width, int) or width % _WIDTH for width in widths):
         return generator
-    places = ragged_cache.places(graph, generator, nodes)
+    # `RaggedDecoder` feeds tokens and nothing else.
+    plain = generator.sight is None and generator.source is None
+    places = ragged_cache.places(graph, generator, nodes) if plain else None
     if places is not None:
         own = ragged_cache.Counts(graph, generator, places)
         for node in nodes:
