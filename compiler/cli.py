@@ -281,6 +281,7 @@ def _add_choosing(verbs: Verbs) -> None:
     verb.add_argument("--max-memory", metavar="16GiB")
     verb.add_argument("--max-cost", type=_positive, metavar="USD", help="a million inferences")
     verb.add_argument("--max-power", type=_positive, metavar="W")
+    verb.add_argument("--max-first-token", metavar="200ms", help="of a generator")
     verb.add_argument("--max-drop", metavar="1%", help="of the metric on --data, by recipe")
     verb.add_argument(
         "--objective", choices=("latency", "throughput", "cost", "energy"), default="latency"
@@ -293,6 +294,12 @@ def _spread(parser: argparse.ArgumentParser) -> None:
     """What else candidates may differ in, and what they are judged by."""
     parser.add_argument(
         "--batch", type=_count, action="append", default=[], metavar="N", help="may be given again"
+    )
+    parser.add_argument(
+        "--context", type=_count, metavar="N", help="price a decoder as it generates N tokens long"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_count, metavar="N", help="of the context (default 128); else prompt"
     )
     parser.add_argument(
         "--max-chips", type=_count, metavar="N", help="try every slice of up to N chips"

@@ -7,15 +7,26 @@ toolchain. A figure that is unknown is ``None``, with the reason in ``notes``.
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from trivium.compiler import build, kernels, measurements, plugins, prepare, recipe, shapes
+from trivium.compiler import (
+    build,
+    decoder_candidates,
+    kernels,
+    measurements,
+    plugins,
+    prepare,
+    recipe,
+    shapes,
+)
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.cost import does_not_fit
@@ -74,6 +85,18 @@ class Comparison:
         }
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for garbage seldom: a plan makes graphs of millions of objects that live on."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def compare(
     model: str | os.PathLike[str],
     targets: Sequence[str | Target] | None = None,
@@ -82,6 +105,8 @@ def compare(
     shape: Sequence[str] = (),
     backends: Backends = None,
     batches: Sequence[int] = (),
+    context: int | None = None,
+    new_tokens: int | None = None,
     max_chips: int | None = None,
     prices: Table | None = None,
     quality: Quality | None = None,
@@ -102,6 +127,9 @@ def compare(
         backends: Names to try where they serve a target; by default each target's default one,
             with ``"all"`` every one that serves it.
         batches: Sizes of the batch to try; throughput, energy and money are then of one sample.
+        context: Price a decoder as it generates, its sequences at most so long; batches are then
+            sequences that are generated together.
+        new_tokens: Of that context, what is generated; the rest is the prompt.
         max_chips: Try every slice of every target up to so many chips.
         prices: Overrides the prices that Trivium carries; see `trivium.compiler.prices`.
         quality: Evaluates recipes, once each.
@@ -120,11 +148,29 @@ def compare(
     pairs = [(target, name) for target in found for name in _backends_of(target, backends)]
     elsewhere = measurements.read(measured) if measured is not None else None
     sha256 = models.content_hash(path) if elsewhere is not None else ""
+    if context is not None:
+        if shape or measure or measured is not None:
+            raise BadInput(
+                "a generator's shapes follow from its context, and it is timed once compiled",
+                about="--context",
+                remedy="leave --shape and --measure out; trivium bench times an artifact",
+            )
+        loads = [decoder_candidates.workload(context, new_tokens, n) for n in batches or (1,)]
+    elif new_tokens is not None:
+        raise BadInput("it is a part of a context", about="--new-tokens", remedy="give --context N")
     candidates: list[Candidate] = []
     chosen_recipes = [recipe.read(one) if isinstance(one, str) else one for one in recipes]
     read = {one.name: one for one in chosen_recipes}
     if len(read) < len(chosen_recipes):
         raise BadInput("two recipes of one name", about="--recipe", remedy="rename one of them")
+    if context is not None:
+        progress("reading the model")
+        decoder = decoder_candidates.Decoder.read(path)
+        for chosen in read.values():
+            judged = quality(chosen) if quality is not None else None
+            made_of = decoder.candidates(chosen, pairs, loads, progress)
+            candidates += [replace(one, quality=judged) for one in made_of]
+        return Comparison(path.name, loads[0], tuple(sorted(candidates, key=_order)))
     for batch in batches or (None,):
         progress("reading the model")
         source = _Source.read(path, shape, calibration, seed, batch)
@@ -210,7 +256,7 @@ class _Optimized:
 
     def legalize(self, backend: Backend, target: Target) -> prepare.Prepared:
         """Legalize for a target; targets for which a backend runs the same passes share a graph."""
-        key = f"{backend.name} {[_identity(one) for one in backend.legalize(target)]}"
+        key = prepare.passes_key(backend, target)
         if key not in self.legalized:
             made = prepare.legalize(self.model.clone(), backend, target, self.workload)
             self.legalized[key] = made.model
@@ -234,12 +280,6 @@ def with_batch(shape: Sequence[str], inputs: Sequence[TensorInfo], batch: int | 
             "the model's batch is fixed", about=f"--batch {batch}", remedy="leave --batch out"
         )
     return [*shape, *(f"{dim}={batch}" for dim in free)]
-
-
-def _identity(one: ir.passes.PassBase) -> str:
-    """What tells a pass from another: its type, and all that it was made with."""
-    made = {f.name: getattr(one, f.name) for f in fields(one)} if is_dataclass(one) else vars(one)
-    return f"{type(one).__module__}.{type(one).__qualname__} {made!r}"
 
 
 def _optimized(

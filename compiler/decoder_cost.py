@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
+from trivium.compiler import kernels, prepare, shapes
 from trivium.compiler import model as models
-from trivium.compiler import prepare, shapes
 from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
 from trivium.compiler.errors import BadInput, Unsupported
@@ -91,12 +92,80 @@ class Serving:
     notes: tuple[str, ...] = ()
 
 
+class Graphs:
+    """A decoder with caches after a recipe, and what backends make of each of its calls.
+
+    Targets for which a backend runs the same passes share them.
+
+    Args:
+        model: In normal form, its shapes open; left as it is.
+        name: Of the model, for errors.
+
+    Raises:
+        Unsupported: No cache can be given to the model.
+    """
+
+    def __init__(
+        self, model: ir.Model, name: str, recipe: Recipe, context: recipes.Context | None = None
+    ) -> None:
+        made = model.clone()
+        recipes.sketch(recipe, made, context)
+        self.model, self.generator = _with_caches(made, name)
+        self._legalized: dict[tuple[str, int, int, int], ir.Model] = {}
+        self._seen: kernels.Seen = WeakKeyDictionary()
+
+    @cached_property
+    def weights_bytes(self) -> float:
+        return resident_bytes(self.model)
+
+    def estimate(
+        self, backend: Backend, target: Target, batch: int, new: int, context: int
+    ) -> Estimate:
+        """Price ``new`` tokens of each sequence, against caches of ``context`` (those included).
+
+        Raises:
+            Unsupported: The target cannot run it; the error lists the nodes.
+        """
+        workload = Workload(dims=self._dims(batch, new, context))
+        key = (prepare.passes_key(backend, target), batch, new, context)
+        if key not in self._legalized:
+            model = self.model.clone()
+            shapes.bind(model, workload)
+            prepared = prepare.legalize(model, backend, target, workload)
+            self._legalized[key] = prepared.model
+        else:
+            prepared = prepare.judge(self._legalized[key], backend, target, workload)
+        if prepared.refusals:
+            raise prepare.refused(prepared, target)
+        with kernels.remembering(self._seen):
+            return prepare.predict(prepared, target)
+
+    def _dims(self, batch: int, new: int, context: int) -> dict[str, int]:
+        generator = self.generator
+        infos = {info.name: info for info in models.signature(self.model)[0]}
+        rows, tokens = infos[generator.tokens].shape
+        sizes: dict[int | str, int] = {rows: batch, tokens: new}
+        for cache in generator.caches:
+            sizes[cache.shape[cache.length_axis]] = context
+        for name in filter(None, (generator.chosen, generator.start)):
+            sizes.setdefault(infos[name].shape[0], 1)
+        if generator.mask is not None:
+            sizes.setdefault(infos[generator.mask].shape[-1], context)
+        return {dim: size for dim, size in sizes.items() if isinstance(dim, str)}
+
+
+def normalized(path: str | os.PathLike[str]) -> ir.Model:
+    """A model in normal form with its shapes open, as `Graphs` take it."""
+    return prepare.optimize(Path(path))[0]
+
+
 class Costs:
     """A decoder on a target: the estimate of each of its calls, kept once made.
 
     Args:
         path: A checkpoint folder, or an ``.onnx`` decoder.
         recipe: Run before the backend's own passes.
+        graphs: Of the decoder after the recipe, where they were made already.
 
     Raises:
         Unsupported: No cache can be given to the model.
@@ -108,18 +177,21 @@ class Costs:
         target: str | Target,
         backend: str | None = None,
         recipe: str | Recipe = "none",
+        *,
+        graphs: Graphs | None = None,
     ) -> None:
         self.target = target_names.find(target) if isinstance(target, str) else target
         self.backend: Backend = prepare.choose_backend(self.target, backend)
-        self._model, _ = prepare.optimize(
-            Path(path), recipe, target=self.target, backend=self.backend.name
-        )
-        self._model, self.generator = _with_caches(self._model, Path(path).name)
+        if graphs is None:
+            chosen = recipes.read(recipe) if isinstance(recipe, str) else recipe
+            context = recipes.Context(target=self.target, backend=self.backend.name)
+            graphs = Graphs(normalized(path), Path(path).name, chosen, context)
+        self.graphs, self.generator = graphs, graphs.generator
         self._memo: dict[tuple[int, int, int], Estimate] = {}
 
-    @cached_property
+    @property
     def weights_bytes(self) -> float:
-        return resident_bytes(self._model)
+        return self.graphs.weights_bytes
 
     def cache_bytes(self, batch: int, tokens: int) -> float:
         """Of a batch whose sequences are so long."""
@@ -130,27 +202,8 @@ class Costs:
         """Price ``new`` tokens of each sequence, against caches of ``context`` (those included)."""
         key = (batch, new, context)
         if key not in self._memo:
-            model = self._model.clone()
-            workload = Workload(dims=self._dims(batch, new, context))
-            shapes.bind(model, workload)
-            prepared = prepare.legalize(model, self.backend, self.target, workload)
-            if prepared.refusals:
-                raise prepare.refused(prepared, self.target)
-            self._memo[key] = prepare.predict(prepared, self.target)
+            self._memo[key] = self.graphs.estimate(self.backend, self.target, *key)
         return self._memo[key]
-
-    def _dims(self, batch: int, new: int, context: int) -> dict[str, int]:
-        generator = self.generator
-        infos = {info.name: info for info in models.signature(self._model)[0]}
-        rows, tokens = infos[generator.tokens].shape
-        sizes: dict[int | str, int] = {rows: batch, tokens: new}
-        for cache in generator.caches:
-            sizes[cache.shape[cache.length_axis]] = context
-        for name in filter(None, (generator.chosen, generator.start)):
-            sizes.setdefault(infos[name].shape[0], 1)
-        if generator.mask is not None:
-            sizes.setdefault(infos[generator.mask].shape[-1], context)
-        return {dim: size for dim, size in sizes.items() if isinstance(dim, str)}
 
 
 def _with_caches(model: ir.Model, name: str) -> tuple[ir.Model, Generator]:

@@ -36,6 +36,7 @@ class Constraints:
         max_usd_per_million: Of calls.
         max_watts: The power caps of all chips together.
         max_drop: Of the metric that recipes are evaluated by; see `Evaluation.drop_from`.
+        max_first_token_s: Of a generator, from the prompts' arrival.
     """
 
     max_latency_s: float | None = None
@@ -44,6 +45,7 @@ class Constraints:
     max_usd_per_million: float | None = None
     max_watts: float | None = None
     max_drop: float | None = None
+    max_first_token_s: float | None = None
 
     def to_json(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -66,6 +68,13 @@ OBJECTIVES: dict[str, Figure] = {
     "energy": Figure("energy", "J", "energy_per_sample_j"),
 }
 
+GENERATING = {
+    "throughput_per_s": "tokens/s",
+    "usd_per_million": "USD per million tokens",
+    "energy_per_sample_j": "J per token",
+}
+"""Units of a generator's figures, by key."""
+
 LIMITS: dict[str, Figure] = {
     "max_latency_s": OBJECTIVES["latency"],
     "min_throughput_per_s": OBJECTIVES["throughput"],
@@ -73,6 +82,7 @@ LIMITS: dict[str, Figure] = {
     "max_usd_per_million": OBJECTIVES["cost"],
     "max_watts": Figure("power", "W", "watts"),
     "max_drop": Figure("drop of the metric", "", "drop"),
+    "max_first_token_s": Figure("time to the first token", "s", "first_token_s"),
 }
 
 
@@ -86,6 +96,8 @@ def plan(
     shape: Sequence[str] = (),
     backends: Backends = "all",
     batches: Sequence[int] = (),
+    context: int | None = None,
+    new_tokens: int | None = None,
     max_chips: int | None = None,
     prices: Table | None = None,
     quality: Quality | None = None,
@@ -113,6 +125,8 @@ def plan(
         shape=shape,
         backends=backends,
         batches=batches,
+        context=context,
+        new_tokens=new_tokens,
         max_chips=max_chips,
         prices=prices,
         quality=quality,
@@ -157,6 +171,9 @@ def figure(candidate: Candidate, wanted: Figure) -> float | None:
     if wanted.key == "drop":
         drop = (candidate.quality or {}).get("drop")
         return None if drop is None else float(drop)
+    if wanted.key == "first_token_s":
+        first = (candidate.serving or {}).get("first_token_s")
+        return None if first is None else float(first)
     if candidate.measured is not None and wanted.key in ("latency_s", "throughput_per_s"):
         seconds = float(candidate.measured["latency_s"])
         return seconds if wanted.key == "latency_s" else candidate.batch / seconds
@@ -184,8 +201,8 @@ def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> tup
             relation = "below" if known.more_is_better else "above"
             factor = f" ({times:.2g} times)" if times else ""
             problem = (
-                f"{known.label} {_shown(value, known)} is {relation} the limit of "
-                f"{_shown(limit, known)}{factor}"
+                f"{known.label} {_shown(value, known, candidate)} is {relation} the limit of "
+                f"{_shown(limit, known, candidate)}{factor}"
             )
             return problem, _change(candidate, known, value, limit)
     if figure(candidate, aim) is None:
@@ -240,9 +257,12 @@ def _judged(
     if candidate is best:
         return replace(candidate, verdict="best")
     times = best_value / value if aim.more_is_better else value / best_value
-    verdict = f"{aim.label} {_shown(value, aim)}: {times:.2f} times that of {name_of(best)}"
+    verdict = (
+        f"{aim.label} {_shown(value, aim, candidate)}: {times:.2f} times that of {name_of(best)}"
+    )
     if aim.more_is_better:
-        verdict = f"{aim.label} {_shown(value, aim)}: {1 / times:.2f} of that of {name_of(best)}"
+        verdict = f"{aim.label} {_shown(value, aim, candidate)}: "
+        verdict += f"{1 / times:.2f} of that of {name_of(best)}"
     if _overlap(candidate, best):
         verdict += "; their intervals overlap"
     change = _change(candidate, aim, value, best_value)
@@ -254,7 +274,7 @@ def _overlap(one: Candidate, other: Candidate) -> bool:
     return bool(a and b and a[0] <= b[1] and b[0] <= a[1])
 
 
-def _shown(value: float, of: Figure) -> str:
+def _shown(value: float, of: Figure, candidate: Candidate) -> str:
     if of.unit == "s":
         for scale, unit in ((1.0, "s"), (1e-3, "ms")):
             if value >= scale:
@@ -262,7 +282,8 @@ def _shown(value: float, of: Figure) -> str:
         return f"{value * 1e6:.3g} us"
     if of.unit == "bytes":
         return f"{value / 2**30:.3g} GiB"
-    return f"{value:.3g} {of.unit}"
+    unit = GENERATING.get(of.key, of.unit) if candidate.tokens else of.unit
+    return f"{value:.3g} {unit}"
 
 
 def require_best(chosen: Plan) -> Candidate:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
 from trivium.compiler import model as models
@@ -110,6 +110,17 @@ def legalize(model: ir.Model, backend: Backend, target: Target, workload: Worklo
     """Bring an optimized model to what a backend takes, in place, and collect its refusals."""
     applied = recipe.apply(backend.legalize(target), model)
     return judge(model, backend, target, workload, tuple(applied))
+
+
+def passes_key(backend: Backend, target: Target) -> str:
+    """What tells the graphs that a backend makes for targets apart: the passes that it runs."""
+    return f"{backend.name} {[_identity(one) for one in backend.legalize(target)]}"
+
+
+def _identity(one: ir.passes.PassBase) -> str:
+    """What tells a pass from another: its type, and all that it was made with."""
+    made = {f.name: getattr(one, f.name) for f in fields(one)} if is_dataclass(one) else vars(one)
+    return f"{type(one).__module__}.{type(one).__qualname__} {made!r}"
 
 
 def judge(

@@ -24,11 +24,14 @@ def name_of(candidate: Candidate) -> str:
 
 
 def workload_json(workload: Workload) -> dict[str, Any]:
-    """The bound dimensions and shapes."""
-    return {
+    """The bound dimensions and shapes, and the tokens of a generation."""
+    found: dict[str, Any] = {
         "dims": dict(workload.dims),
         "shapes": {name: list(shape) for name, shape in workload.shapes.items()},
     }
+    if workload.new_tokens is not None:
+        found |= {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
+    return found
 
 
 def row(candidate: Candidate) -> dict[str, Any]:
@@ -36,7 +39,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
 
     Throughput counts calls, one in flight (or the period of a pipeline); energy is that of one
     call; dollars are for a million calls. Where batches are compared, throughput and dollars count
-    samples.
+    samples; of a generator (its ``serving`` is no ``null``) they and energy count new tokens, and a
+    call is a whole batch of generations.
     """
     target, estimate = candidate.target, candidate.estimate or Estimate(None)
     seconds = estimate.seconds
@@ -56,7 +60,7 @@ def row(candidate: Candidate) -> dict[str, Any]:
         "latency_s": seconds,
         "interval_s": None if estimate.lo is None else [estimate.lo, estimate.hi],
         "batch": candidate.batch,
-        "throughput_per_s": None if not period else candidate.batch / period,
+        "throughput_per_s": None if not period else candidate.samples / period,
         "pipelined": estimate.period_s is not None,
         "memory_bytes": estimate.bytes_peak,
         "memory_interval_bytes": _pair(intervals.get("bytes_peak")),
@@ -65,12 +69,13 @@ def row(candidate: Candidate) -> dict[str, Any]:
         "energy_interval_j": _pair(intervals.get("joules")),
         "energy_per_sample_j": None
         if estimate.joules is None
-        else estimate.joules / candidate.batch,
-        "usd_per_million": _million(estimate.dollars, candidate.batch),
-        "usd_per_million_interval": _pair(intervals.get("dollars"), 1e6 / candidate.batch),
+        else estimate.joules / candidate.samples,
+        "usd_per_million": _million(estimate.dollars, candidate.samples),
+        "usd_per_million_interval": _pair(intervals.get("dollars"), 1e6 / candidate.samples),
         "usd_per_hour": target.usd_per_hour,
         "price_source": target.sources.get("usd_per_hour"),
         "quality": dict(candidate.quality) if candidate.quality is not None else None,
+        "serving": dict(candidate.serving) if candidate.serving is not None else None,
         "pareto": candidate.pareto,
         "bound": estimate.bound if seconds is not None else None,
         "resources": dict(estimate.resources),
@@ -82,8 +87,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _million(dollars: float | None, batch: int) -> float | None:
-    return None if dollars is None else dollars * 1e6 / batch
+def _million(dollars: float | None, samples: int) -> float | None:
+    return None if dollars is None else dollars * 1e6 / samples
 
 
 def _pair(interval: tuple[float, float] | None, scale: float = 1.0) -> list[float] | None:

@@ -223,6 +223,8 @@ class Candidate:
 
     Attributes:
         batch: Samples in one call, where several batches are compared.
+        serving: Of a language model that generates, what `decoder_candidates` says of it; the
+            estimate is then of a whole batch of generations, which makes so many ``tokens``.
         quality: The recipe's ``metric``, ``value``, ``drop`` and ``samples``, where it was
             evaluated, or the ``reason`` why it could not be.
         verdict: Why it won or lost; ``wins_if`` says what would have to change for a loser to win.
@@ -240,10 +242,17 @@ class Candidate:
     quality: Mapping[str, Any] | None = None
     wins_if: str = ""
     pareto: bool = False
+    serving: Mapping[str, Any] | None = None
+    tokens: int = 0
 
     @property
     def feasible(self) -> bool:
         return not self.refusals
+
+    @property
+    def samples(self) -> int:
+        """What throughput, energy and money count: new tokens of generators, samples of others."""
+        return self.tokens or self.batch
 
 
 @dataclass(frozen=True)

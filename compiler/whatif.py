@@ -39,7 +39,7 @@ def cheaper(candidate: Candidate, usd_per_million: float) -> str:
     if not time:
         return ""
     target = candidate.target
-    hourly = usd_per_million / 1e6 * candidate.batch / time * 3600.0 / target.chips
+    hourly = usd_per_million / 1e6 * candidate.samples / time * 3600.0 / target.chips
     now = target.usd_per_hour
     known = f"instead of ${digits(now)}" if now is not None else "(its price is unknown: --prices)"
     chip = " of a chip" if target.chips > 1 else ""
@@ -51,7 +51,7 @@ def thriftier(candidate: Candidate, joules_per_sample: float) -> str:
     time = seconds_of(candidate)
     if not time:
         return ""
-    watts = joules_per_sample * candidate.batch / time
+    watts = joules_per_sample * candidate.samples / time
     return f"it drew {digits(watts)} W or less while it works"
 
 

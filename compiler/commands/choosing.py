@@ -23,7 +23,7 @@ def compare(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.target or None,
             recipes=tuple(arguments.recipe) or ("none",),
-            backends=arguments.backend or None,
+            backends="all" if arguments.backend == ["all"] else arguments.backend or None,
             measured=arguments.measured,
             **_shared(arguments, progress),
         )
@@ -48,7 +48,12 @@ def plan(arguments: argparse.Namespace) -> int:
         max_usd_per_million=arguments.max_cost,
         max_watts=arguments.max_power,
         max_drop=_parsed(planning.parse_drop, arguments.max_drop, "--max-drop"),
+        max_first_token_s=_parsed(
+            planning.parse_seconds, arguments.max_first_token, "--max-first-token"
+        ),
     )
+    if constraints.max_first_token_s is not None and arguments.context is None:
+        raise BadInput("only a generator has one", about="--max-first-token", remedy="--context N")
     quality.require_data(constraints.max_drop, arguments.data)
     with console.progress() as progress:
         result = planning.plan(
@@ -57,7 +62,7 @@ def plan(arguments: argparse.Namespace) -> int:
             arguments.objective,
             targets=arguments.target or None,
             recipes=tuple(arguments.recipe) or ("none",),
-            backends=arguments.backend or "all",
+            backends="all" if arguments.backend == ["all"] else arguments.backend or "all",
             **_shared(arguments, progress),
         )
     if arguments.html:
@@ -90,6 +95,8 @@ def _shared(arguments: argparse.Namespace, progress: Progress) -> Mapping[str, A
     return {
         "shape": arguments.shape,
         "batches": tuple(dict.fromkeys(arguments.batch)),
+        "context": arguments.context,
+        "new_tokens": arguments.new_tokens,
         "max_chips": arguments.max_chips,
         "prices": prices.read(Path(arguments.prices)) if arguments.prices else None,
         "quality": judged,

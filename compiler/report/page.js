@@ -18,6 +18,15 @@ for (const figure of Object.values(FIGURES)) {
     figure.measured(row) ? `measured ${figure.shown(figure.measured(row))}, ${row.measured.where}` : null, row.calibration && `Calibration: ${row.calibration}`].filter(Boolean).join("\n");
 }
 
+const generating = rows.some(row => row.serving);
+if (generating) {
+  Object.assign(FIGURES.latency, { label: "First token", value: r => r.serving && r.serving.first_token_s, interval: r => r.serving && r.serving.first_token_interval_s, caption: "From the prompts' arrival to the first token of all of them; shorter is better. The axis is logarithmic." });
+  Object.assign(FIGURES.throughput, { interval: r => r.serving && r.serving.tokens_per_s_interval, caption: "New tokens a second of the whole batch, the prompt's time included; more is better." });
+  Object.assign(FIGURES.memory, { caption: "Weights, the batch's caches at their longest and the largest set of live values, on one chip." });
+  Object.assign(FIGURES.energy, { value: r => r.energy_per_sample_j, interval: none, caption: "Of one new token. Where idle power is unknown this is the power cap for the whole time." });
+  Object.assign(FIGURES.cost, { caption: "Dollars for a million new tokens at the listed price, with the target kept busy." });
+}
+
 const visible = () => rows.filter(row => (state.family === "all" || row.family === state.family) && `${row.target} ${row.title} ${row.backend} ${row.recipe}`.toLowerCase().includes(state.search));
 
 // --- the parts of the page ---
@@ -59,7 +68,7 @@ function drawFilters() {
 
 function drawTabs() {
   const batches = new Set(rows.map(row => row.batch)).size;
-  const more = [["pareto", "Pareto"], ["operators", "Operators"], ["roofline", "Roofline"], ...(batches > 1 ? [["batch", "By batch"]] : [])];
+  const more = [["pareto", "Pareto"], ["operators", "Operators"], ["roofline", "Roofline"], ...(batches > 1 ? [["batch", "By batch"]] : []), ...(generating ? [["context", "By context"]] : [])];
   const tabs = [...Object.entries(FIGURES).map(([key, figure]) => [key, figure.label]), ...more];
   byId("tabs").replaceChildren(...tabs.map(([key, label]) => {
     const button = html("button", { type: "button", textContent: label });
@@ -85,7 +94,7 @@ function drawChart() {
     return;
   }
   const choose = id => { state.chosen = id; drawChart(); };
-  const captions = { pareto: drawPareto, operators: drawOperators, roofline: drawRoofline, batch: drawBatch };
+  const captions = { pareto: drawPareto, operators: drawOperators, roofline: drawRoofline, batch: drawBatch, context: drawContext };
   byId("caption").textContent = captions[state.tab](byId("chart"), shown.filter(row => row.feasible && row.latency_s), choose);
 }
 
@@ -152,10 +161,26 @@ function drawBatch(parent, shown) {
   return "Samples a second by batch, of the eight with the highest throughput.";
 }
 
+// What the length of the context costs: tokens a second of a step, and the memory of the caches.
+function drawContext(parent, shown) {
+  const known = shown.filter(row => row.serving && row.serving.by_context.every(one => one.tokens_per_s));
+  const last = row => row.serving.by_context[row.serving.by_context.length - 1].tokens_per_s;
+  const fastest = known.sort((a, b) => last(b) - last(a)).slice(0, 8);
+  const series = fastest.map(row => ({ name: row.family, line: true, points: row.serving.by_context.map(one => ({ x: one.context, y: one.tokens_per_s, tip: `${nameOf(row)}\n${one.context} tokens: ${short(rate(one.tokens_per_s))} tokens a second\n${seconds(one.step_s)} a step, caches ${bytes(one.cache_bytes)}` })) }));
+  plot(parent, series, { hint: tip, label: "Tokens a second by context", logX: true, logY: true, tickX: v => v.toFixed(0), tickY: v => short(rate(v)), x: "tokens in each sequence", height: 360 });
+  const row = fastest[0];
+  return `Decoded tokens a second by the length of the sequences, of the eight quickest at the longest.${row ? ` The caches of a batch of ${row.batch} grow from ${bytes(row.serving.by_context[0].cache_bytes)} to ${bytes(row.serving.cache_bytes)}.` : ""}`;
+}
+
+const SERVED = [
+  ["First token", r => r.serving && r.serving.first_token_s, seconds, r => r.serving && r.serving.first_token_interval_s], ["A token", r => r.serving && r.serving.step_s, seconds, r => r.serving && r.serving.step_interval_s],
+  ["Tokens/s", r => r.throughput_per_s, value => scaled(value, "")], ["Caches", r => r.serving && r.serving.cache_bytes, bytes], ["Batch that fits", r => r.serving && r.serving.largest_batch, value => value === null ? "–" : String(value)],
+  ["Memory", r => r.memory_bytes, bytes], ["J/million", r => r.energy_per_sample_j && r.energy_per_sample_j * 1e6, joules],
+];
 const COLUMNS = [
   ["Target", r => r.target], ["Backend", r => r.backend], ["Recipe", r => r.recipe], ["Batch", r => r.batch, String], ["Drop", r => r.quality && r.quality.drop, value => value === null ? "–" : value.toFixed(4)],
-  ["Latency", r => r.latency_s, seconds, r => r.interval_s], ["Measured", r => r.measured && r.measured.latency_s, seconds, r => r.measured && r.measured.ci_s],
-  ["Calls/s", r => r.throughput_per_s, value => scaled(value, "")], ["Memory", r => r.memory_bytes, bytes], ["Energy", r => r.energy_j, joules, r => r.energy_interval_j],
+  ...(generating ? SERVED : [["Latency", r => r.latency_s, seconds, r => r.interval_s], ["Measured", r => r.measured && r.measured.latency_s, seconds, r => r.measured && r.measured.ci_s],
+  ["Calls/s", r => r.throughput_per_s, value => scaled(value, "")], ["Memory", r => r.memory_bytes, bytes], ["Energy", r => r.energy_j, joules, r => r.energy_interval_j]]),
   ["$/million", r => r.usd_per_million, value => value === null ? "–" : digits(value), r => r.usd_per_million_interval], ["Bound", r => r.bound],
 ].filter(([name]) => (name !== "Measured" || rows.some(row => row.measured)) && (name !== "Recipe" || rows.some(row => row.recipe !== "none")) && (name !== "Batch" || rows.some(row => row.batch > 1)) && (name !== "Drop" || rows.some(row => row.quality)));
 
@@ -220,7 +245,7 @@ function detail(row) {
 // What a million samples cost at a price that the reader gives.
 function pricing(row) {
   const shown = html("span", {}), input = html("input", { type: "number", min: 0, step: "any", value: row.usd_per_hour === null ? "" : row.usd_per_hour, ariaLabel: "Dollars an hour" });
-  const show = () => { shown.textContent = input.value === "" ? " – a price would tell what a million cost" : ` an hour${row.chips > 1 ? " of a chip" : ""}: $${digits(Number(input.value) * row.chips * row.latency_s / row.batch / 3600 * 1e6)} a million`; };
+  const show = () => { shown.textContent = input.value === "" ? " – a price would tell what a million cost" : ` an hour${row.chips > 1 ? " of a chip" : ""}: $${digits(Number(input.value) * row.chips * row.latency_s / (row.serving ? row.batch * row.serving.new_tokens : row.batch) / 3600 * 1e6)} a million`; };
   input.addEventListener("input", show);
   for (const name of ["click", "keydown"]) input.addEventListener(name, event => event.stopPropagation());
   show();

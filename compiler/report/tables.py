@@ -24,6 +24,7 @@ COLUMNS = (
     *("measured_s", "measured_low_s", "measured_high_s", "throughput_per_s", "memory_bytes"),
     *(
         "energy_j",
+        "energy_per_sample_j",
         "usd_per_million",
         "usd_per_hour",
         "batch",
@@ -34,8 +35,9 @@ COLUMNS = (
         "calibration",
         "notes",
     ),
+    *("first_token_s", "step_s", "tokens_per_s", "cache_bytes", "largest_batch", "context"),
 )
-"""The columns of the CSV."""
+"""The columns of the CSV; the last are those of generators."""
 
 
 def document(result: Result) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def to_csv(result: Result) -> str:
         measured = row["measured"] or {}
         first, last = measured.get("ci_s") or (None, None)
         flat = {
-            **{key: row.get(key) for key in COLUMNS},
+            **{key: (row["serving"] or row).get(key, row.get(key)) for key in COLUMNS},
             "interval_low_s": low,
             "interval_high_s": high,
             "measured_s": measured.get("latency_s"),
@@ -115,18 +117,55 @@ def _price(row: dict[str, Any]) -> str:
 PLANNED = 30
 """How many candidates of a plan a terminal shows; the rest is in JSON and on the page."""
 
+
+def _serving(row: dict[str, Any], name: str) -> Any:
+    return (row["serving"] or {}).get(name)
+
+
+def _generates(row: dict[str, Any]) -> bool:
+    return row["serving"] is not None
+
+
+def _calls(row: dict[str, Any]) -> bool:
+    return row["serving"] is None
+
+
+def _energy(row: dict[str, Any]) -> str:
+    if _calls(row) or row["energy_per_sample_j"] is None:
+        return units.scaled(row["energy_j"], "J")
+    return units.scaled(row["energy_per_sample_j"] * 1e6, "J")
+
+
 TERMINAL = (
     Column("target", lambda row: str(row["target"]), "left"),
     Column("backend", lambda row: str(row["backend"]), "left"),
     Column("batch", lambda row: str(row["batch"]), only_if=lambda row: row["batch"] != 1),
     Column("recipe", lambda row: str(row["recipe"]), "left", 0, lambda r: r["recipe"] != "none"),
-    Column("latency", lambda row: units.seconds(row["latency_s"])),
-    Column("80% interval", _latency_interval, least_width=100),
+    Column("latency", lambda row: units.seconds(row["latency_s"]), only_if=_calls),
+    Column("80% interval", _latency_interval, least_width=100, only_if=_calls),
+    Column(
+        "first token", lambda r: units.seconds(_serving(r, "first_token_s")), only_if=_generates
+    ),
+    Column("a token", lambda r: units.seconds(_serving(r, "step_s")), only_if=_generates),
+    Column("tokens/s", lambda r: units.scaled(r["throughput_per_s"], ""), only_if=_generates),
+    Column(
+        "caches",
+        lambda r: units.bytes_(_serving(r, "cache_bytes")),
+        least_width=110,
+        only_if=_generates,
+    ),
+    Column(
+        "batch that fits",
+        lambda r: str(_serving(r, "largest_batch") or units.UNKNOWN),
+        least_width=100,
+        only_if=_generates,
+    ),
     Column("measured", _measured, only_if=lambda row: row["measured"] is not None),
     Column("drop", _drop, only_if=lambda row: row["quality"] is not None),
-    Column("calls/s", lambda row: units.scaled(row["throughput_per_s"], ""), least_width=120),
+    Column("calls/s", lambda row: units.scaled(row["throughput_per_s"], ""), "right", 120, _calls),
     Column("memory", lambda row: units.bytes_(row["memory_bytes"])),
-    Column("energy", lambda row: units.scaled(row["energy_j"], "J"), least_width=90),
+    Column("energy", _energy, least_width=90, only_if=_calls),
+    Column("J/million", _energy, least_width=90, only_if=_generates),
     Column("$/million", _price),
     Column("bound", lambda row: row["bound"] or units.UNKNOWN, "left", 110),
 )
@@ -144,7 +183,7 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
     rows = document(result)["rows"]
     feasible = [row for row in rows if row["feasible"]]
     most = PLANNED if isinstance(result, Plan) else len(feasible)
-    columns = [column for column in TERMINAL if column.wanted(rows, out.width)]
+    columns = [column for column in TERMINAL if column.wanted(feasible or rows, out.width)]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.heading, justify=column.justify, no_wrap=True)

@@ -84,3 +84,67 @@ def test_what_is_no_generation_is_told(costs: Costs, shared_data: Callable[[str]
         predict(costs, Workload())
     with pytest.raises(Unsupported, match="no cache can be given"):
         Costs(shared_data("models/mnist_cnn_cntk.onnx"), targets.find("nvidia-t4"), "xla")
+
+
+# --- as candidates -------------------------------------------------------------------------------
+
+
+def test_a_generation_is_compared_by_its_tokens(folder: Path) -> None:
+    from trivium.compiler.compare import compare
+    from trivium.compiler.rows import row
+
+    on = ["nvidia-h100-sxm", "tpu-v5e", "amd-zcu104"]
+    found = compare(folder, on, context=128, new_tokens=64, batches=[1, 8], backends="all")
+    rows = [row(c) for c in found.candidates]
+    priced = [r for r in rows if r["feasible"]]
+    assert {r["target"] for r in priced} == {"nvidia-h100-sxm", "tpu-v5e"}
+    for one in priced:
+        serving = one["serving"]
+        assert one["throughput_per_s"] == pytest.approx(serving["tokens_per_s"])
+        assert one["latency_s"] == pytest.approx(serving["first_token_s"] + 63 * serving["step_s"])
+        assert serving["cache_bytes"] == one["batch"] * 128 * 4 * 2 * 4 * 32 * 4
+        lengths = [point["context"] for point in serving["by_context"]]
+        assert lengths == sorted(set(lengths))
+        assert 32 in lengths
+        assert serving["by_context"][0]["tokens_per_s"] >= serving["by_context"][-1]["tokens_per_s"]
+        assert {o["op_type"].partition(":")[0] for o in one["operators"]} == {"prefill", "decode"}
+    gpu = next(r for r in priced if r["target"] == "nvidia-h100-sxm" and r["batch"] == 8)
+    hourly = gpu["usd_per_hour"]
+    assert gpu["usd_per_million"] == pytest.approx(
+        hourly / 3600 / gpu["throughput_per_s"] * 1e6, rel=0.01
+    )
+    assert gpu["energy_per_sample_j"] == pytest.approx(gpu["energy_j"] / 512)
+    alone = predict(Costs(folder, "nvidia-h100-sxm", "xla"), replace(LOAD, batch=8))
+    assert gpu["serving"]["tokens_per_s"] == pytest.approx(alone.tokens_per_s)
+    reasons = {r["backend"]: r["refusals"][0] for r in rows if not r["feasible"]}
+    assert "tensorrt cannot drive a generator" in reasons["tensorrt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"context": 64, "new_tokens": 64}, "leaves no prompt"),
+        ({"new_tokens": 64}, "part of a context"),
+        ({"context": 64, "shape": ["seq=4"]}, "follow from its context"),
+    ],
+)
+def test_what_is_no_load_is_told(folder: Path, given: dict[str, object], says: str) -> None:
+    from trivium.compiler.compare import compare
+
+    with pytest.raises(BadInput, match=says):
+        compare(folder, ["tpu-v5e"], **given)  # type: ignore[arg-type]  # some at a time
+
+
+def test_a_limit_on_the_first_token(folder: Path) -> None:
+    from trivium.compiler.plan import Constraints, plan
+
+    chosen = plan(
+        folder,
+        Constraints(max_first_token_s=1e-9),
+        "cost",
+        targets=["nvidia-h100-sxm"],
+        backends=["xla"],
+        context=64,
+    )
+    assert chosen.best is None
+    assert "time to the first token" in chosen.candidates[0].verdict
