@@ -53,8 +53,12 @@ def quantize(matrix: Array, form: Form, moment: Array, *, damping: float = 0.01)
 
 
 def inverse_factor(moment: Array, damping: float) -> Array:
-    """The upper Cholesky factor of the inverse of a moment, damped until it has one."""
-    matrix = moment.astype(np.float64)
+    """The upper Cholesky factor of the inverse of a moment, damped until it has one.
+
+    With rows and columns reversed, the moment's own lower factor is the inverse of what is wanted:
+    one factorization does, and a triangle is inverted where it lies.
+    """
+    matrix = np.array(moment[::-1, ::-1], np.float64, order="C")
     diagonal = np.einsum("ii->i", matrix)
     mean = float(diagonal.mean()) or 1.0
     # An input that is never used has no say; its row is rounded as it is.
@@ -62,8 +66,20 @@ def inverse_factor(moment: Array, damping: float) -> Array:
     for _ in range(8):
         diagonal += damping * mean
         try:
-            inverse = np.linalg.inv(matrix)
-            return np.linalg.cholesky(inverse).T.astype(np.float32)
+            lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
             damping *= 10
-    return np.eye(len(matrix), dtype=np.float32)
+            continue
+        del matrix, diagonal
+        _invert(lower)
+        return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    return np.eye(len(moment), dtype=np.float32)
+
+
+def _invert(lower: Array) -> None:
+    """Invert a lower triangular matrix in place, some rows at a time."""
+    for start in range(0, len(lower), _STEP):
+        end = min(start + _STEP, len(lower))
+        own = np.linalg.inv(lower[start:end, start:end])
+        lower[start:end, :start] = -own @ (lower[start:end, :start] @ lower[:start, :start])
+        lower[start:end, start:end] = np.tril(own)

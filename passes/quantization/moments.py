@@ -40,7 +40,10 @@ class Moment:
             return
         for part in _rows(node, array):
             product = np.matmul(part.transpose(0, 2, 1), part)
-            self.total = product if self.total is None else self.total + product
+            if self.total is None:
+                self.total = product
+            else:
+                self.total += product
             self.rows += part.shape[1]
 
     @property

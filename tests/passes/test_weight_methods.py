@@ -100,6 +100,16 @@ def test_gptq_of_unrelated_inputs_is_rounding() -> None:
     np.testing.assert_array_equal(found.codes, blocks.searched(matrix, form).codes)
 
 
+@pytest.mark.parametrize("size", [1, 7, 128, 300])
+def test_the_inverse_factor_is_numpys(size: int) -> None:
+    x = inputs(2 * size, size)
+    moment = x.T @ x
+    damped = moment.astype(np.float64) + 0.01 * np.diag(moment).mean() * np.eye(size)
+    want = np.linalg.cholesky(np.linalg.inv(damped)).T
+    have = gptq.inverse_factor(moment, 0.01)
+    np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
+
+
 def test_gptq_survives_inputs_that_never_occur() -> None:
     x = inputs(10, 64)
     x[:, 5:9] = 0
