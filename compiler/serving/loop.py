@@ -71,6 +71,11 @@ class EngineLoop:
         return self.engine.waiting + self._arriving
 
     @property
+    def pending(self) -> int:
+        """How many requests have not ended, or whose end nobody was told yet."""
+        return len(self._tickets) + self._arriving
+
+    @property
     def _arriving(self) -> int:
         return sum(len(ticket.requests) for ticket in self._inbox)
 
@@ -84,7 +89,7 @@ class EngineLoop:
         requests = [self.engine.prepare(prompt, settings) for prompt, settings in prompts]
         ticket = Ticket(requests, asyncio.Queue(), asyncio.get_running_loop())
         with self._changed:
-            here = len(self._tickets) + self._arriving
+            here = self.pending
             if here + len(requests) > self.engine.rows + self._most:
                 raise QueueFull(f"{here} requests are at work or wait", remedy="try again later")
             self._inbox.append(ticket)

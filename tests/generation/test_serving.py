@@ -251,7 +251,7 @@ def test_deadline_and_full_queue_and_failing_engine(
             def fail(*arguments: Any, **options: Any) -> None:
                 raise RuntimeError("out of luck")
 
-            while server.loop.waiting or server.loop.engine.active:
+            while server.loop.pending:
                 await asyncio.sleep(0.01)
             with monkeypatch.context() as patch:
                 patch.setattr(server.generator.decoder, "feed", fail)
