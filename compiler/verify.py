@@ -222,8 +222,28 @@ def judge(
         "tolerance": tolerance.limit,
         "tolerance_measure": tolerance.measure,
         "max_error": max_error,
+        "not_finite": nowhere_finite(source),
     }
     return Verification(status, reason, accuracy, fidelity, details)
+
+
+def nowhere_finite(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The float outputs that are NaN or infinite throughout: nothing in them can be compared."""
+    import numpy as np
+
+    def blind(array: Any) -> bool:
+        is_float = isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.size > 0
+        return is_float and not np.isfinite(array).any()
+
+    names = samples[0] if samples else ()
+    return [name for name in names if all(blind(sample[name]) for sample in samples)]
+
+
+def caveat(compared: Mapping[str, Any]) -> str:
+    """What a passed verification does not say, as the end of a line."""
+    names = ", ".join(compared.get("not_finite", ()))
+    what = f"; nothing to compare in {names}, which the source makes NaN or infinite"
+    return what if names else ""
 
 
 def _as_good(

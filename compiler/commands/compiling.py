@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trivium.compiler import build, model, prepare
+from trivium.compiler import build, model, prepare, verify
 from trivium.compiler import targets as target_names
 from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput
@@ -121,7 +121,8 @@ def _verified(verification: dict[str, Any]) -> str:
         return f"not run: {verification['reason']}"
     where = verification["compared"].get("where", "")
     error = verification["max_rel_error"]
-    return f"{verification['status']}, relative error {error:.2g} against the source ({where})"
+    found = f"{verification['status']}, relative error {error:.2g} against the source ({where})"
+    return found + verify.caveat(verification["compared"])
 
 
 def optimize(arguments: argparse.Namespace) -> int:

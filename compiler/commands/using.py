@@ -193,6 +193,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise AccuracyFailed(result.reason, about=str(artifact.path))
     if not arguments.json:
         error = result.accuracy.max_rel_error if result.accuracy else 0.0
-        where = (result.compared or {}).get("where", "")
-        print(f"passed: relative error {error:.2g} against the source ({where})")
+        compared = result.compared or {}
+        where, caveat = compared.get("where", ""), verification.caveat(compared)
+        print(f"passed: relative error {error:.2g} against the source ({where}){caveat}")
     return 0

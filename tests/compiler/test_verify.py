@@ -57,6 +57,18 @@ def test_fidelity_and_accuracy_are_kept_apart() -> None:
     assert "--max-error" in judge(1.2, 1.2, lossy=True, max_error=0.1).reason
 
 
+def test_what_is_nowhere_finite_is_said_to_be_compared_with_nothing() -> None:
+    passed = judge(1.0, 1.0)
+    assert passed.compared is not None
+    assert verify.caveat(passed.compared) == ""
+    blind = [{"y": np.full(3, np.nan), "z": np.array([np.inf, 1.0]), "n": np.array([1])}]
+    given = {"tolerance": verify.FINE, "lossy": False, "max_error": None, "compared": {}}
+    result = verify.judge(blind, blind, blind, **given)  # type: ignore[arg-type]
+    assert result.compared is not None
+    assert result.compared["not_finite"] == ["y"]
+    assert "nothing to compare in y" in verify.caveat(result.compared)
+
+
 def test_a_step_of_a_coarse_grid_is_forgiven_and_a_wrong_engine_is_not() -> None:
     want = np.random.default_rng(0).standard_normal(1000)
     step, wrong = want.copy(), np.roll(want, 1)
