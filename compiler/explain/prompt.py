@@ -23,10 +23,11 @@ from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact, is_artifact
 from trivium.compiler.errors import BadInput, ToolchainMissing
 from trivium.compiler.explain import instrument
-from trivium.compiler.passing import is_constant, is_op
+from trivium.compiler.explain.prompt_inputs import embeddings, prompt_feeds, tokens_input
+from trivium.compiler.generator import Generator
+from trivium.compiler.passing import is_op
 from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.recipe import Context
-from trivium.compiler.samples import numpy_dtype
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -36,8 +37,11 @@ STEPS = 64
 MOST_TOKENS = 512
 """Longest prompt: maps grow with its square."""
 
-PROBABILITIES = 3
-"""What ``qk_matmul_output_mode`` of Attention says for the scores after the softmax."""
+PROBABILITIES = {
+    ("", "Attention"): ("qk_matmul_output_mode", 3),
+    ("com.microsoft", "GroupQueryAttention"): ("qk_output", 2),
+}
+"""The attribute that makes an operator's fourth output its scores after the softmax."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,10 @@ def explain_prompt(
     if not 0 < len(ids) <= MOST_TOKENS:
         raise BadInput(f"{len(ids)} tokens, where 1 to {MOST_TOKENS} are taken", about="--prompt")
     progress("reading the model")
-    model = models.load(_graph_file(place))
+    file, generator = _graph_of(place)
+    model = models.load(file)
     prepare.run_recipe(model, recipe.read("none"), Context())
-    feeds = _feeds(model, ids)
+    feeds = prompt_feeds(model, ids, generator)
     progress("running the prompt")
     logits, maps = _run(model, feeds, attention)
     predicted = int(logits.argmax())
@@ -163,9 +168,10 @@ def _ids(prompt: str | Sequence[int]) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _graph_file(path: Path) -> Path:
+def _graph_of(path: Path) -> tuple[Path, Generator | None]:
+    """The file of the graph to look into; how it is driven, if an artifact says so."""
     if not is_artifact(path):
-        return path
+        return path, None
     artifact = Artifact.open(path)
     found = [artifact.path / one.file for one in artifact.programs if one.file.endswith(".onnx")]
     if not found:
@@ -174,64 +180,7 @@ def _graph_file(path: Path) -> Path:
             about=str(path),
             remedy="explain the source model, or an artifact of onnxruntime",
         )
-    return found[0]
-
-
-def _tokens_input(model: ir.Model) -> ir.Value:
-    for value in model.graph.inputs:
-        if value.dtype in (ir.DataType.INT64, ir.DataType.INT32) and _embeddings(value):
-            return value
-    raise BadInput(
-        "no input is looked up in a table of embeddings, so it is no language model",
-        about="--prompt",
-    )
-
-
-def _embeddings(value: ir.Value) -> list[ir.Node]:
-    """The Gathers that look an input up in a constant table of floats."""
-    found = []
-    for node, index in value.uses():
-        if is_op(node, "Gather") and index == 1 and is_constant(node.inputs[0]):
-            table = node.inputs[0]
-            if table is not None and table.shape is not None and len(table.shape) == 2:
-                found.append(node)
-    return found
-
-
-def _feeds(model: ir.Model, ids: Sequence[int]) -> dict[str, Array]:
-    """The prompt, a mask of ones, positions from zero, caches that hold nothing yet."""
-    tokens = _tokens_input(model)
-    table = _embeddings(tokens)[0].inputs[0]
-    words = table.shape[0] if table is not None and table.shape is not None else None
-    wrong = [token for token in ids if token < 0 or (isinstance(words, int) and token >= words)]
-    if wrong:
-        raise BadInput(f"no token {wrong[0]} among {words}", about="--prompt-ids")
-    length = len(ids)
-    feeds: dict[str, Array] = {}
-    for value in model.graph.inputs:
-        name = value.name or ""
-        if name in model.graph.initializers or value.dtype is None:
-            continue
-        dtype = numpy_dtype(models.tensor_info(value).dtype)
-        rank = len(value.shape) if value.shape is not None else 0
-        if value is tokens:
-            feeds[name] = np.asarray([ids]).astype(dtype)
-        elif rank == 2 and "position" in name:
-            feeds[name] = np.arange(length)[None].astype(dtype)
-        elif rank == 2:
-            feeds[name] = np.ones((1, length), dtype)
-        elif rank == 1 and dtype.kind in "iu":
-            feeds[name] = np.array([length - 1], dtype)
-        elif rank == 4 and value.shape is not None and not isinstance(value.shape[2], int):
-            sizes = [dim if isinstance(dim, int) else 0 for dim in value.shape]
-            feeds[name] = np.zeros([1, *sizes[1:]], dtype)
-        else:
-            raise BadInput(
-                f"the input {name!r} is neither tokens, mask, positions nor a growing cache",
-                about="--prompt",
-                remedy="explain the source model instead of the artifact",
-            )
-    return feeds
+    return found[0], artifact.generator
 
 
 def _run(
@@ -248,10 +197,15 @@ def _run(
             f"the first output has shape {list(logits.shape)}, no logits", about="--prompt"
         )
     maps = [
-        AttentionMap(layer, np.asarray(array)[0].astype(np.float32))
+        AttentionMap(layer, _own_keys(np.asarray(array)[0].astype(np.float32)))
         for (layer, _), array in zip(seen, outputs[1:], strict=True)
     ]
     return logits[0, -1], maps
+
+
+def _own_keys(scores: Array) -> Array:
+    """Those of the prompt alone: a cache's buffer may have room for more."""
+    return scores[..., : scores.shape[-2]]
 
 
 def _expose(model: ir.Model) -> list[tuple[str, ir.Value]]:
@@ -259,11 +213,11 @@ def _expose(model: ir.Model) -> list[tuple[str, ir.Value]]:
     found: list[tuple[str, ir.Value]] = []
     for node in list(model.graph):
         value = None
-        if is_op(node, "Attention"):
+        if (node.domain, node.op_type) in PROBABILITIES:
             if len(node.outputs) < 4:
                 node.resize_outputs(4)
-            mode = ir.AttrInt64("qk_matmul_output_mode", PROBABILITIES)
-            node.attributes["qk_matmul_output_mode"] = mode
+            name, mode = PROBABILITIES[node.domain, node.op_type]
+            node.attributes[name] = ir.AttrInt64(name, mode)
             for unused in node.outputs[1:3]:
                 unused.name = unused.name or ""
             value = node.outputs[3]
@@ -329,8 +283,8 @@ EMBEDDED = "trivium/embedded"
 def _cut(model: ir.Model) -> tuple[ir.Model, Array, str]:
     """A copy that takes embeddings instead of tokens; the table that they are looked up in."""
     copy = model.clone()
-    tokens = _tokens_input(copy)
-    gathers = _embeddings(tokens)
+    tokens = tokens_input(copy)
+    gathers = embeddings(tokens)
     table = gathers[0].inputs[0]
     assert table is not None
     tensor = ir.convenience.get_const_tensor(table)

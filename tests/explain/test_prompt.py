@@ -11,7 +11,8 @@ import pytest
 
 from trivium.compiler import cli, prepare
 from trivium.compiler.errors import BadInput
-from trivium.compiler.explain.prompt import PromptExplanation, _cut, _feeds, explain_prompt
+from trivium.compiler.explain.prompt import PromptExplanation, _cut, explain_prompt
+from trivium.compiler.explain.prompt_inputs import prompt_feeds
 from trivium.models import digits
 
 PROMPT = "First Citizen:\nBefore we proceed any"
@@ -44,7 +45,7 @@ def test_the_first_layers_attention_is_that_of_its_projections(
 
     graph, _ = prepare.optimize(model, "none")
     node = next(n for n in graph.graph if n.op_type == "Attention")
-    feeds = _feeds(graph, found.ids)
+    feeds = prompt_feeds(graph, found.ids)
     copy = graph.clone()
     twin = next(n for n in copy.graph if n.name == node.name)
     copy.graph.outputs[:] = [v for v in twin.inputs[:2] if v is not None]
@@ -66,7 +67,7 @@ def test_embeddings_in_place_of_tokens_give_the_same_logits(model: Path) -> None
 
     graph, _ = prepare.optimize(model, "none")
     ids = [5, 17, 300, 2]
-    feeds = _feeds(graph, ids)
+    feeds = prompt_feeds(graph, ids)
     cut, table, name = _cut(graph)
     assert name == "input_ids"
     inputs = {value.name for value in cut.graph.inputs}
@@ -74,6 +75,32 @@ def test_embeddings_in_place_of_tokens_give_the_same_logits(model: Path) -> None
     embedded = {**rest, "trivium/embedded": table[ids][None].astype(np.float32)}
     whole = instrument.session(graph.clone())(feeds)[0]
     np.testing.assert_allclose(instrument.session(cut)(embedded)[0], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-generator"]])
+def test_an_artifact_looks_where_its_source_does(
+    model: Path, found: PromptExplanation, tmp_path: Path, flags: list[str]
+) -> None:
+    """A generator attends in ONNX Runtime's GroupQueryAttention, over buffers with room."""
+    line = ["compile", model, "--target", "cpu", "-o", tmp_path / "a"]
+    assert cli.main([*map(str, line), *flags]) == 0
+    own = explain_prompt(tmp_path / "a", found.ids, gradients=False)
+    assert own.predicted == found.predicted
+    assert [one.layer for one in own.attention] == [one.layer for one in found.attention]
+    for one, other in zip(own.attention, found.attention, strict=True):
+        np.testing.assert_allclose(one.weights, other.weights, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_through_an_artifact_are_those_of_its_source(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jax", reason="gradients need the extra trivium[tpu]")
+    assert cli.main(["compile", str(model), "--target", "cpu", "-o", str(tmp_path / "a")]) == 0
+    both = [explain_prompt(one, PROMPT, attention=False) for one in (model, tmp_path / "a")]
+    source, own = (one.attribution for one in both)
+    assert source is not None
+    assert own is not None
+    np.testing.assert_allclose(own.gradient_x_input, source.gradient_x_input, atol=1e-3)
+    np.testing.assert_allclose(own.integrated, source.integrated, atol=1e-2)
 
 
 @pytest.mark.slow

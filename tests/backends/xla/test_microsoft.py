@@ -130,6 +130,31 @@ def test_group_query_attention(past: int) -> None:
     )
 
 
+def test_group_query_attention_of_rows_with_ends_of_their_own() -> None:
+    """Two new tokens a row, after three and five in buffers of seven slots."""
+    past_key, past_value = normal(2, 2, 7, 16, seed=4), normal(2, 2, 7, 16, seed=5)
+    for past in (past_key, past_value):  # what lies beyond a row's end, ONNX Runtime clears
+        past[0, :, 3:], past[1, :, 5:] = 0, 0
+    agree(
+        "GroupQueryAttention",
+        [
+            normal(2, 2, 4 * 16, seed=1),
+            normal(2, 2, 2 * 16, seed=2),
+            normal(2, 2, 2 * 16, seed=3),
+            past_key,
+            past_value,
+            np.asarray([4, 6], np.int32),
+            np.asarray(7, np.int32),
+            *[None] * 9,
+            np.asarray([2, 2], np.int32),
+        ],
+        outputs=3,
+        known=("x6",),
+        num_heads=4,
+        kv_num_heads=2,
+    )
+
+
 @pytest.mark.parametrize("op_type", ["QLinearAdd", "QLinearMul"])
 def test_quantized_arithmetic(op_type: str) -> None:
     rng = np.random.default_rng(2)

@@ -165,12 +165,17 @@ def _rotated(x: Any, cos: Any, sin: Any, width: int, interleaved: bool) -> Any:
 def group_query_attention(
     op: Op, query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any,
     total: Any, cos: Any = None, sin: Any = None, positions: Any = None, bias: Any = None,
+    sink: Any = None, k_scale: Any = None, v_scale: Any = None, q_norm: Any = None,
+    k_norm: Any = None, new: Any = None,
 ) -> Any:  # fmt: skip
     """Causal attention with a KV cache, heads grouped, positions rotated inside.
 
-    ``last`` (batch,) is the index of the last valid key. A cache as long as the result is
-    written in place (``past`` and ``present`` share a buffer); a shorter one grows.
+    ``last`` (batch,) is the index of the last valid key, ``new`` (batch,) how many of the queries
+    count. A cache as long as the result is written in place (``past`` and ``present`` share a
+    buffer); a shorter one grows.
     """
+    if any(extra is not None for extra in (sink, k_scale, v_scale, q_norm, k_norm)):
+        raise op.refuse("with sinks, quantized caches or norms inside is not lowered")
     heads, groups = op.attr("num_heads"), op.attr("kv_num_heads")
     batch, time = query.shape[:2]
     if key is None:
@@ -182,7 +187,8 @@ def group_query_attention(
     v = jnp.reshape(value, (batch, time, groups, size))
     valid = jnp.reshape(last, (-1,)).astype("int64") + 1
     # A prompt is as long as its longest row; shorter rows are padded at the end.
-    first = jnp.maximum(valid - time, 0) if past_key is not None else jnp.zeros_like(valid)
+    count = time if new is None else jnp.reshape(new, (-1,)).astype("int64")
+    first = jnp.maximum(valid - count, 0) if past_key is not None else jnp.zeros_like(valid)
     place = first[:, None] + jnp.arange(time)
     if op.attr("do_rotary", 0):
         where = place if positions is None else positions
