@@ -202,7 +202,12 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
             more = len(row["refusals"]) - 1
             reason = row["refusals"][0] + (f" (and {more} more)" if more else "")
             out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
-    if isinstance(result, Plan):
+    if not isinstance(result, Plan):
+        for row in feasible:
+            if row["latency_s"] is None and row["notes"]:
+                line = f"{row['target']} with {row['backend']}: not predicted: {row['notes'][0]}"
+                out.print(Text(line, style="dim"))
+    else:
         out.print()
         for row in feasible[:most]:
             where = f"{row['target']}/{row['backend']}/{row['recipe']}"

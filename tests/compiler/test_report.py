@@ -73,6 +73,14 @@ def test_the_terminal_shows_every_candidate_and_why_others_are_refused(result: C
     assert "80% interval" in text
 
 
+def test_a_figure_that_is_unknown_has_its_reason_on_the_terminal(result: Comparison) -> None:
+    unknown = [row for row in result.rows if row["feasible"] and row["latency_s"] is None]
+    assert unknown
+    text = printed(result, 200)
+    for row in unknown:
+        assert f"{row['target']} with {row['backend']}: not predicted: {row['notes'][0]}" in text
+
+
 def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(result: Comparison) -> None:
     text = printed(result, 80)
     table = text.split("\n\n")[0]
