@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.onnxruntime import generating
+from trivium.backends.onnxruntime import generating, huge_pages
 from trivium.backends.onnxruntime.ragged import RaggedDecoder
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
@@ -42,10 +42,17 @@ class OnnxRuntimeBackend:
         # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
         # Q/DQ is what its own fusions look for, except where they would copy all weights.
         from trivium.backends.onnxruntime.blocked_products import PackBlockedProducts
+        from trivium.backends.onnxruntime.fused_operators import FuseResidualNorm, FuseSwish
         from trivium.passes.remove_dead_code import RemoveDeadCode
         from trivium.passes.widen_attention_mask import WidenAttentionMask
 
-        return (WidenAttentionMask(), PackBlockedProducts(), RemoveDeadCode())
+        return (
+            WidenAttentionMask(),
+            PackBlockedProducts(),
+            FuseSwish(),
+            FuseResidualNorm(),
+            RemoveDeadCode(),
+        )
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
@@ -94,14 +101,21 @@ class OnnxRuntimeBackend:
         )
 
     def load(self, artifact: Artifact) -> Executable:
-        executable = OnnxRuntimeExecutable(artifact)
         generator = artifact.generator
         if generator is None:
-            return executable
+            return OnnxRuntimeExecutable(artifact)
+        with huge_pages.heap(_room_for_weights(artifact)):
+            executable = OnnxRuntimeExecutable(artifact)
         kind = RaggedDecoder if generator.form == "ragged" else generating.OnnxRuntimeDecoder
         decoder = kind(generator, executable.session, executable.where)
         plain = None if is_driven(generator, artifact.inputs) else executable.run
         return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
+
+
+def _room_for_weights(artifact: Artifact) -> int:
+    """Bytes that a session may ask for: weights packed anew, in pieces that double each time."""
+    weights = artifact.manifest.get("weights")
+    return 2 * (artifact.path / weights).stat().st_size if weights else 0
 
 
 def _unwanted_fusions(model: ir.Model) -> list[str]:
