@@ -120,9 +120,7 @@ class OnnxRuntimeBackend:
         return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
 
 
-def _with_small_caches(
-    file: Path, request: BuildRequest, generator: Generator | None
-) -> Generator:
+def _with_small_caches(file: Path, request: BuildRequest, generator: Generator | None) -> Generator:
     """Hold the caches of a graph that was saved in int8, by what the samples put into them.
 
     Raises:

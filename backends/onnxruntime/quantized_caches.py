@@ -1,12 +1,13 @@
-"""Keys and values held in int8, which GroupQueryAttention reads as they are: a quarter of the bytes.
+"""Keys and values in int8, which GroupQueryAttention reads as they are: a quarter of the bytes.
 
 Every channel of every head has a scale that does not change, from what the samples of the compile
-put into the caches; the largest value that was seen is `HEADROOM` below what a code can hold.
+put into the caches; codes reach `HEADROOM` times as far as the largest value that was seen. Two
+channels of a key that turn into each other with its place get what both together can come to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,15 @@ Array = np.ndarray[Any, Any]
 
 OPTION, PRECISIONS = "kv_cache", ("f32", "int8")
 HEADROOM = 6.0
+"""Samples are short, and random where nothing better is given: by perplexity of the trained model
+(32.49 with float caches) 1.0 gave 36.4, 2.5 32.63, 6 32.51, 10 32.54."""
+
 _LARGEST = 127
 _SCALES = (12, 13)
 """The inputs of GroupQueryAttention for the scales of keys and of values."""
 
 
-def precision(options: dict[str, str]) -> str:
+def precision(options: Mapping[str, str]) -> str:
     """What caches are to be held in, by the option of the backend.
 
     Raises:
@@ -61,9 +65,12 @@ def quantize(
     Returns:
         How to drive the result.
     """
-    scales = dict(zip(generator.caches, _scales(generator, decoder, rows), strict=True))
     model = ir.load(file)
     graph = model.graph
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    keys = {node.inputs[3].name or "" for node in attention if node.inputs[3] is not None}
+    found = _scales(generator, decoder, rows, keys)
+    scales = dict(zip(generator.caches, found, strict=True))
     names = {cache.past: f"{cache.past}.scale" for cache in generator.caches}
     for cache, scale in scales.items():
         initializer(graph, scale, names[cache.past])
@@ -72,9 +79,7 @@ def quantize(
     for value in (*graph.inputs, *graph.outputs):
         if value.name in held:
             value.dtype = ir.DataType.INT8
-    for node in graph:
-        if node.op_type != "GroupQueryAttention":
-            continue
+    for node in attention:
         node.resize_inputs(max(len(node.inputs), max(_SCALES) + 1))
         for place, past in zip(_SCALES, node.inputs[3:5], strict=True):
             assert past is not None
@@ -91,7 +96,7 @@ def quantize(
 
 
 def _scales(
-    generator: Generator, decoder: RaggedDecoder, rows: Sequence[Sequence[int]]
+    generator: Generator, decoder: RaggedDecoder, rows: Sequence[Sequence[int]], keys: set[str]
 ) -> list[Array]:
     """The scale of each cache, float [1, heads, 1, width]."""
     tops: list[Array] = []
@@ -99,7 +104,10 @@ def _scales(
         text = list(row[: generator.context])
         cache = decoder.start(1, len(text))
         decoder.feed(cache, [text])
-        found = [np.abs(buffer[:, :, : len(text)]).max(axis=(0, 2)) for buffer in cache.buffers]
+        found = [
+            _largest(buffer[0, :, : len(text)], info.past in keys)
+            for info, buffer in zip(generator.caches, cache.buffers, strict=True)
+        ]
         tops = [np.maximum(a, b) for a, b in zip(tops or found, found, strict=True)]
     # A channel that was always 0 would divide by it.
     floors = [max(float(top.max()), 1.0e-6) * 1e-3 for top in tops]
@@ -107,3 +115,16 @@ def _scales(
         (np.maximum(top, floor) * (HEADROOM / _LARGEST)).astype(np.float32)[None, :, None, :]
         for top, floor in zip(tops, floors, strict=True)
     ]
+
+
+def _largest(held: Array, turning: bool) -> Array:
+    """The largest magnitude of each channel, [heads, width], of entries [heads, tokens, width].
+
+    Rotary embedding turns the halves of a key into each other, slowly in some channels, so that a
+    short text shows one of a pair only.
+    """
+    if turning and held.shape[-1] % 2 == 0:
+        radius = np.hypot(*np.split(held, 2, axis=-1))
+        held = np.concatenate([radius, radius], axis=-1)
+    largest: Array = np.abs(held).max(axis=1)
+    return largest
