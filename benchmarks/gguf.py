@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 _TYPE_F32, _TYPE_BF16 = 0, 30
 _ALIGN = 32
@@ -33,11 +35,7 @@ _NAMES = {
 
 
 def write(folder: Path, out: Path) -> Path:
-    """Write the checkpoint as bfloat16 GGUF.
-
-    Heads keep Hugging Face's order of the rotary halves, which changes no speed; with random
-    weights nothing else is asked of the file.
-    """
+    """Write the checkpoint as bfloat16 GGUF; matrices in float32 stay so."""
     from trivium.models import safetensors
 
     config = json.loads((folder / "config.json").read_text())
@@ -45,8 +43,9 @@ def write(folder: Path, out: Path) -> Path:
     header, infos, offset = _metadata(config), [], 0
     for name, entry in entries.items():
         flat = len(entry.shape) == 1
-        size = int(np.prod(entry.shape)) * (4 if flat else 2)
-        infos.append((name, entry, flat, offset))
+        wide = flat or entry.dtype == "F32"
+        size = int(np.prod(entry.shape)) * (4 if wide else 2)
+        infos.append((name, entry, wide, offset))
         offset += size + -size % _ALIGN
     with out.open("wb") as stream:
         stream.write(b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(header)))
@@ -57,18 +56,32 @@ def write(folder: Path, out: Path) -> Path:
                 _string(stream, value)
             else:
                 stream.write(struct.pack("<I" if kind == _UINT32 else "<f", value))
-        for name, entry, flat, where in infos:
+        for name, entry, wide, where in infos:
             _string(stream, _renamed(name))
             dims = entry.shape[::-1]
             stream.write(struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
-            stream.write(struct.pack("<IQ", _TYPE_F32 if flat else _TYPE_BF16, where))
+            stream.write(struct.pack("<IQ", _TYPE_F32 if wide else _TYPE_BF16, where))
         stream.write(b"\0" * (-stream.tell() % _ALIGN))
-        for _, entry, flat, _ in infos:
-            data = np.fromfile(entry.file, np.uint16, entry.length // 2, offset=entry.offset)
-            payload = (data.astype(np.uint32) << 16) if flat else data
+        for name, entry, wide, _ in infos:
+            stored = np.uint16 if entry.dtype == "BF16" else np.uint32
+            count = entry.length // np.dtype(stored).itemsize
+            data = np.fromfile(entry.file, stored, count, offset=entry.offset)
+            data = _turned(data.reshape(entry.shape), name, config)
+            payload = data.astype(np.uint32) << 16 if wide and stored is np.uint16 else data
             stream.write(payload.tobytes())
             stream.write(b"\0" * (-payload.nbytes % _ALIGN))
     return out
+
+
+def _turned(data: Array, name: str, config: dict[str, Any]) -> Array:
+    """Queries and keys with the two halves of each head interleaved, as llama.cpp turns them."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    which = next((key for part, key in heads.items() if f".{part}." in name), None)
+    if which is None:
+        return data
+    rows, columns = data.shape
+    halves = data.reshape(config[which], 2, rows // config[which] // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, tuple[int, Any]]:
@@ -83,10 +96,15 @@ def _metadata(config: dict[str, Any]) -> dict[str, tuple[int, Any]]:
         "llama.attention.head_count_kv": (_UINT32, config["num_key_value_heads"]),
         "llama.attention.layer_norm_rms_epsilon": (_FLOAT32, config["rms_norm_eps"]),
         "llama.rope.dimension_count": (_UINT32, head),
-        "llama.rope.freq_base": (_FLOAT32, config["rope_theta"]),
+        "llama.rope.freq_base": (_FLOAT32, _theta(config)),
         "llama.vocab_size": (_UINT32, config["vocab_size"]),
         "tokenizer.ggml.model": (_STRING, "no_vocab"),
     }
+
+
+def _theta(config: dict[str, Any]) -> float:
+    scaling = config.get("rope_parameters") or config
+    return float(scaling["rope_theta"])
 
 
 def _string(stream: BinaryIO, text: str) -> None:

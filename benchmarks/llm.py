@@ -1,39 +1,44 @@
 """Generating with int4 weights against llama.cpp's Q4_0 and onnxruntime-genai's own int4: processor
-time of one pinned thread, each engine in a process of its own, in turn, with and without huge pages
-(``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``). Weights are random; speeds do not depend on them.
+time of one pinned thread, and wall time of two; each engine in a process of its own, in turn, with
+and without huge pages for the peers (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``). Weights of the
+shapes are random; speeds do not depend on them. Perplexity is that of the trained model.
 
 Peers that are not at hand are left out with the reason: llama.cpp needs ``TRIVIUM_LLAMA_PYTHON``,
 an interpreter that has llama-cpp-python; genai's builder needs torch, and a tokenizer's files in
-``TRIVIUM_LLM_TOKENIZER``. ``TRIVIUM_LLM_SHAPES`` names the shapes (110M,1.1B). Every run of an
-engine is printed on standard error when it ends.
+``TRIVIUM_LLM_TOKENIZER``. ``TRIVIUM_LLM_SHAPES`` names the shapes (110M,1.1B). Models are kept in
+``TRIVIUM_BENCH_DIR``, if that is set, and made if they are not there. A long run goes in pieces
+(`pieces`), one for each round of a shape; a piece holds a run of every engine, in turn.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import checkpoints, gguf
 from benchmarks.harness import Row, Samples, mebibytes, ratio, seconds
-from benchmarks.llm_child import CAPACITY
-from benchmarks.streaming_int4 import QUANTIZE_Q4_0
+from benchmarks.llm_child import CAPACITY, COPIED
+from benchmarks.llm_models import OURS, Contestant, contestants
+from benchmarks.pieces import Pieces
+from benchmarks.workloads import shared
 from trivium.compiler.generator import Generator
 
 TITLE = "Generating on the CPU"
 
 ROUNDS = 3
-PAGES: Mapping[str, dict[str, str]] = {
-    "": {},
-    ", huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+TRAINED = "Shakespeare, 3.4M"
+SETTINGS: Mapping[str, tuple[int, dict[str, str]]] = {
+    "": (1, {}),
+    ", huge pages": (1, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+    ", two threads": (2, {}),
 }
+"""Threads, and what is added to the environment."""
+
 FIGURES = {
     "decode128_s": "a token at 128",
     "decode512_s": "a token at 512",
@@ -52,126 +57,198 @@ GOALS = {
 }
 """The largest ratio of ours by the peer's."""
 
+PEERS = {"ours": ("llama", "llama-plain", "genai"), "ours8": ("llama", "genai8")}
+"""Whom ours are held to: with caches of the same bits where the peer can."""
+
 PEAK = 1.15
 """Peak memory by that of the weights and the cache, at most."""
 
-
-@dataclass(frozen=True)
-class Contestant:
-    """An engine with the model that it runs."""
-
-    engine: str
-    title: str
-    interpreter: str
-    model: Path
+COPIES = 1 / 1.5
+"""Text that copies, guessed, by llama.cpp's time one by one, at most."""
 
 
 def rows() -> list[Row]:
-    made = []
+    made: list[Row] = []
+    pieces = Pieces("llm")
     shapes = os.environ.get("TRIVIUM_LLM_SHAPES", "110M,1.1B").split(",")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TRIVIUM_BENCH_DIR")) as name:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(os.environ.get("TRIVIUM_BENCH_DIR") or name)
         for shape in shapes:
-            contestants = _contestants(Path(name), shape)
-            for pages, environment in PAGES.items():
-                made += _rows(f"{shape}{pages}", contestants, environment)
+            for words, (threads, environment) in SETTINGS.items():
+                what = f"{shape}{words}"
+                rounds = _rounds(what, folder, shape, pieces, threads, environment)
+                if rounds:
+                    made += _speeds(what, rounds, threads)
+                if rounds and threads == 1:
+                    made += _peaks(what, rounds)
+            made += _copying(shape, folder, pieces)
+        if shared("llm-shakespeare") is not None:
+            made += _copying(TRAINED, folder, pieces)
+            made += _quality(folder, pieces)
     return made
 
 
-def _contestants(folder: Path, shape: str) -> list[Contestant]:
-    source = checkpoints.write(folder, shape)
-    ours = folder / f"{shape}-trivium"
-    subprocess.run(
-        [sys.executable, "-m", "trivium.compiler.cli", "compile", str(source), "--target", "cpu",
-         "--recipe", "int4", "--no-cache", "-o", str(ours)],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    found = [Contestant("trivium", "ours", sys.executable, ours)]
-    llama = os.environ.get("TRIVIUM_LLAMA_PYTHON")
-    if llama is None:
-        print("llama.cpp: left out (TRIVIUM_LLAMA_PYTHON is not set)", file=sys.stderr)
-    else:
-        plain, packed = folder / f"{shape}.gguf", folder / f"{shape}-q4.gguf"
-        gguf.write(source, plain)
-        command = [llama, "-c", QUANTIZE_Q4_0, str(plain), str(packed)]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        plain.unlink()
-        found.append(Contestant("llama", "llama.cpp Q4_0", llama, packed))
-        # Faster for long caches and slower at prefill.
-        plain_title = "llama.cpp Q4_0 without flash attention"
-        found.append(Contestant("llama-plain", plain_title, llama, packed))
-    built = _built_by_genai(source, folder / f"{shape}-genai")
-    if built is not None:
-        found.append(Contestant("genai", "genai int4", sys.executable, built))
-    return found
+def _rounds(
+    what: str,
+    folder: Path,
+    shape: str,
+    pieces: Pieces,
+    threads: int,
+    environment: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """The figures of every engine by round: {engine: figures}."""
+
+    def measure() -> dict[str, Any]:
+        return {
+            one.engine: _run(one, "speed", threads, environment)
+            for one in contestants(folder, shape)
+        }
+
+    found = [pieces.of(f"{what}/{number}", measure) for number in range(ROUNDS)]
+    return [one for one in found if one is not None]
 
 
-def _built_by_genai(source: Path, out: Path) -> Path | None:
-    """The checkpoint by genai's own builder, at its default block size and accuracy level 4."""
-    tokenizer = os.environ.get("TRIVIUM_LLM_TOKENIZER")
-    if tokenizer is None:
-        print("genai: left out (TRIVIUM_LLM_TOKENIZER is not set)", file=sys.stderr)
-        return None
-    for file in Path(tokenizer).glob("tokenizer*"):
-        shutil.copy(file, source)
-    done = subprocess.run(
-        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o",
-         str(out), "-p", "int4", "-e", "cpu", "-c", str(out.with_name("cache")),
-         "--extra_options", "int4_accuracy_level=4"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        print(f"genai: left out ({done.stderr.strip().splitlines()[-1]})", file=sys.stderr)
-        return None
-    config = out / "genai_config.json"
-    table = json.loads(config.read_text())
-    table["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
-    config.write_text(json.dumps(table))
-    return out
+def _speeds(what: str, rounds: Sequence[Mapping[str, Any]], threads: int) -> list[Row]:
+    made = []
+    for own, peers in PEERS.items():
+        for key, words in FIGURES.items():
+            mine = [one[own] for one in rounds if own in one]
+            if key not in (mine[0] if mine else ()):
+                continue
+            ours = Samples([one[key] for one in mine])
+            there = [peer for peer in peers if peer in rounds[0]]
+            for peer in there:
+                theirs = Samples([one[peer][key] for one in rounds])
+                middle, text = ratio(ours.seconds, theirs.seconds)
+                goal = GOALS.get((key, peer)) if threads == 1 else None
+                made.append(
+                    Row(f"{what}: {words}", f"{OURS[own]}{seconds(ours)}",
+                        f"{_title(peer)} {seconds(theirs)}", text,
+                        f"at most {goal:.2f}" if goal else "", middle <= goal if goal else None)
+                )  # fmt: skip
+            if not there:
+                made.append(
+                    Row(f"{what}: {words}", f"{OURS[own]}{seconds(ours)}", "no peer here", "")
+                )
+    made += _by_openvino(what, rounds)
+    return made
 
 
-def _rows(what: str, contestants: list[Contestant], environment: dict[str, str]) -> list[Row]:
-    figures: list[list[dict[str, Any]]] = [[] for _ in contestants]
-    for _ in range(ROUNDS):
-        for one, kept in zip(contestants, figures, strict=True):
-            kept.append(_run(one, environment))
-    ours, peers = figures[0], list(zip(contestants, figures, strict=True))[1:]
+def _by_openvino(what: str, rounds: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Our artifact of the other backend against that of ONNX Runtime."""
     made = []
     for key, words in FIGURES.items():
-        own = Samples([one[key] for one in ours])
-        for peer, theirs in peers:
-            other = Samples([one[key] for one in theirs])
-            middle, text = ratio(own.seconds, other.seconds)
-            goal = GOALS.get((key, peer.engine))
-            made.append(
-                Row(f"{what}: {words}", seconds(own), f"{peer.title} {seconds(other)}", text,
-                    f"at most {goal:.2f}" if goal else "", middle <= goal if goal else None)
-            )  # fmt: skip
-        if not peers:
-            made.append(Row(f"{what}: {words}", seconds(own), "no peer here", ""))
-    peak = Samples(peak_bytes=[one["peak_bytes"] for one in ours]).peak
-    weights = sum(file.stat().st_size for file in contestants[0].model.glob("*.data"))
-    manifest = json.loads((contestants[0].model / "manifest.json").read_text())
-    per_token = Generator.from_json(manifest["generator"]).bytes_per_token
-    held = weights + CAPACITY * per_token
-    others = "; ".join(
-        f"{p.title} {mebibytes(Samples(peak_bytes=[one['peak_bytes'] for one in t]).peak)}"
-        for p, t in peers
-    )
-    ours_words = f"{mebibytes(peak)} with {mebibytes(held)} of weights and cache"
-    bar = f"at most {PEAK:.2f} of weights and cache"
-    made.append(
-        Row(f"{what}: peak memory", ours_words, others, f"{peak / held:.2f}", bar,
-            peak / held <= PEAK)
-    )  # fmt: skip
+        pairs = [(one["openvino"].get(key), one["ours"].get(key)) for one in rounds
+                 if "openvino" in one]  # fmt: skip
+        if not pairs or None in pairs[0]:
+            continue
+        ours, peer = (Samples(list(values)) for values in zip(*pairs, strict=True))
+        _, text = ratio(ours.seconds, peer.seconds)
+        made.append(
+            Row(f"{what}: {words}", f"{OURS['openvino']}{seconds(ours)}",
+                f"ours by ONNX Runtime {seconds(peer)}", text)
+        )  # fmt: skip
     return made
 
 
-def _run(one: Contestant, environment: dict[str, str]) -> dict[str, Any]:
+def _peaks(what: str, rounds: Sequence[Mapping[str, Any]]) -> list[Row]:
+    def peak(engine: str) -> float:
+        return Samples(peak_bytes=[one[engine]["peak_bytes"] for one in rounds]).peak
+
+    made = []
+    for own, peers in PEERS.items():
+        if own not in rounds[0]:
+            continue
+        held = rounds[0][own]["held_bytes"]
+        others = [f"{_title(p)} {mebibytes(peak(p))}" for p in peers if p in rounds[0]]
+        words = f"{OURS[own]}{mebibytes(peak(own))} with {mebibytes(held)} of weights and cache"
+        bar = f"at most {PEAK:.2f} of weights and cache"
+        made.append(
+            Row(f"{what}: peak memory", words, "; ".join(others), f"{peak(own) / held:.2f}", bar,
+                peak(own) / held <= PEAK)
+        )  # fmt: skip
+    return made
+
+
+def _copying(shape: str, folder: Path, pieces: Pieces) -> list[Row]:
+    """Greedy text that goes on as its prompt did, with tokens guessed and without."""
+
+    def measure() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for one in contestants(folder, shape):
+            if one.engine in ("ours", "llama", "llama-plain"):
+                found[one.engine] = _run(one, "copy", 1, {})
+        return found
+
+    rounds = [pieces.of(f"{shape}: copying/{number}", measure) for number in range(ROUNDS)]
+    rounds = [one for one in rounds if one is not None]
+    if not rounds:
+        return []
+    ours = Samples([one["ours"]["guessed_s"] for one in rounds])
+    share = rounds[0]["ours"]
+    words = f"{COPIED} tokens of text that repeats"
+    told = f"guessed {seconds(ours)}, {share['accepted']} of {share['guessed']} guesses came true"
+    made = []
+    plain = Samples([one["ours"]["plain_s"] for one in rounds])
+    _, text = ratio(ours.seconds, plain.seconds)
+    made.append(Row(f"{shape}: {words}", told, f"ours one by one {seconds(plain)}", text))
+    for peer in ("llama", "llama-plain"):
+        if peer in rounds[0]:
+            theirs = Samples([one[peer]["plain_s"] for one in rounds])
+            middle, text = ratio(ours.seconds, theirs.seconds)
+            made.append(
+                Row(f"{shape}: {words}", told, f"{_title(peer)} one by one {seconds(theirs)}", text,
+                    f"at most {COPIES:.2f}", middle <= COPIES)
+            )  # fmt: skip
+    return made
+
+
+def _quality(folder: Path, pieces: Pieces) -> list[Row]:
+    def measure() -> dict[str, Any]:
+        return {
+            one.engine: _run(one, "quality", 1, {})["perplexity"]
+            for one in contestants(folder, TRAINED)
+            if one.engine != "llama-plain"
+        }
+
+    found = pieces.of(f"{TRAINED}: perplexity", measure)
+    if found is None:
+        return []
+    pairs = [(own, peer) for own, peers in PEERS.items() for peer in peers]
+    return [
+        Row(f"{TRAINED}: perplexity", f"{OURS[own]}{found[own]:.2f}",
+            f"{_title(peer)} {found[peer]:.2f}", f"{found[own] / found[peer]:.3f}")
+        for own, peer in [*pairs, ("openvino", "llama")]
+        if own in found and peer in found
+    ]  # fmt: skip
+
+
+def _title(engine: str) -> str:
+    return {
+        "llama": "llama.cpp Q4_0",
+        # Faster for long caches and slower at prefill.
+        "llama-plain": "llama.cpp Q4_0 without flash attention",
+        "genai": "genai int4",
+        "genai8": "genai int4, caches int8",
+    }[engine]
+
+
+def _run(
+    one: Contestant, what: str, threads: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
     child = Path(__file__).with_name("llm_child.py")
     done = subprocess.run(
-        [one.interpreter, str(child), one.engine, str(one.model)],
-        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        [one.interpreter, str(child), what, one.kind, str(one.model), str(threads)],
+        check=False, capture_output=True, text=True, env={**os.environ, **environment},
     )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{one.engine}: {done.stderr[-1000:] or done.returncode}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{one.title}: {figures}", file=sys.stderr, flush=True)
+    if one.kind == "trivium" and what == "speed":
+        weights = sum(file.stat().st_size for file in one.model.glob("*.data"))
+        weights += sum(file.stat().st_size for file in one.model.glob("*.bin"))
+        manifest = json.loads((one.model / "manifest.json").read_text())
+        per_token = Generator.from_json(manifest["generator"]).bytes_per_token
+        figures["held_bytes"] = weights + CAPACITY * per_token
+    print(f"{one.engine}: {figures}", file=sys.stderr, flush=True)
     return figures

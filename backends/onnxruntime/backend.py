@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.onnxruntime import generating
+from trivium.backends.onnxruntime import generating, huge_pages
 from trivium.backends.onnxruntime.ragged import RaggedDecoder
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BackendFailed
+from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generation.executable import GeneratorExecutable, is_driven
 from trivium.compiler.onnx_api import one_line
 from trivium.compiler.samples import conform_feeds
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.cost import Profile
+    from trivium.compiler.generator import Generator
 
 
 class OnnxRuntimeBackend:
@@ -42,10 +44,17 @@ class OnnxRuntimeBackend:
         # and Gelu have CPU kernels that were measured to be no slower than their expansions, and
         # Q/DQ is what its own fusions look for, except where they would copy all weights.
         from trivium.backends.onnxruntime.blocked_products import PackBlockedProducts
+        from trivium.backends.onnxruntime.fused_operators import FuseResidualNorm, FuseSwish
         from trivium.passes.remove_dead_code import RemoveDeadCode
         from trivium.passes.widen_attention_mask import WidenAttentionMask
 
-        return (WidenAttentionMask(), PackBlockedProducts(), RemoveDeadCode())
+        return (
+            WidenAttentionMask(),
+            PackBlockedProducts(),
+            FuseSwish(),
+            FuseResidualNorm(),
+            RemoveDeadCode(),
+        )
 
     def refuses(self, node: ir.Node, target: Target) -> str | None:
         from trivium.backends.onnxruntime.kernels import refusal
@@ -64,10 +73,13 @@ class OnnxRuntimeBackend:
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         # Imported here: what loads an artifact needs no onnx.
-        from trivium.backends.onnxruntime import genai
+        import onnx_ir as ir
+
+        from trivium.backends.onnxruntime import genai, quantized_caches
         from trivium.backends.onnxruntime.shared_cache import share_caches
         from trivium.compiler import model as models
 
+        held = quantized_caches.precision(request.options)
         inputs, outputs = models.signature(model)
         generator = request.generator
         if generator is not None:
@@ -80,6 +92,9 @@ class OnnxRuntimeBackend:
         external = True if generator is not None else None
         files = models.save(model, request.folder / "model.onnx", external=external)
         notes = []
+        if held != "f32":
+            generator = _with_small_caches(files[0], request, generator)
+            inputs, outputs = models.signature(ir.load(files[0]))
         if generator is not None:
             problem = genai.write(request.folder, files[0].name, generator)
             notes += [f"no genai_config.json: {problem}"] if problem else []
@@ -94,14 +109,47 @@ class OnnxRuntimeBackend:
         )
 
     def load(self, artifact: Artifact) -> Executable:
-        executable = OnnxRuntimeExecutable(artifact)
         generator = artifact.generator
         if generator is None:
-            return executable
+            return OnnxRuntimeExecutable(artifact)
+        with huge_pages.heap(_room_for_weights(artifact)):
+            executable = OnnxRuntimeExecutable(artifact)
         kind = RaggedDecoder if generator.form == "ragged" else generating.OnnxRuntimeDecoder
         decoder = kind(generator, executable.session, executable.where)
         plain = None if is_driven(generator, artifact.inputs) else executable.run
         return GeneratorExecutable(artifact.inputs, decoder, executable.measures_target, plain)
+
+
+def _with_small_caches(file: Path, request: BuildRequest, generator: Generator | None) -> Generator:
+    """Hold the caches of a graph that was saved in int8, by what the samples put into them.
+
+    Raises:
+        BadInput: It has no caches, or not the kind that can be held so.
+    """
+    from trivium.backends.onnxruntime import quantized_caches
+    from trivium.compiler.generation.compiling import rows_of
+
+    if generator is None or generator.form != "ragged":
+        raise BadInput(
+            "only caches whose rows have ends of their own can be held in int8",
+            about=f"--option {quantized_caches.OPTION}",
+            remedy="leave it out",
+        )
+    decoder = RaggedDecoder(generator, _session(str(file), ()), "")
+    rows = [row for feed in request.samples for row in rows_of(generator, feed) if row]
+    if not rows:
+        raise BadInput(
+            "there are no samples to measure keys and values by",
+            about=f"--option {quantized_caches.OPTION}",
+            remedy="give some with --calib",
+        )
+    return quantized_caches.quantize(file, generator, decoder, rows)
+
+
+def _room_for_weights(artifact: Artifact) -> int:
+    """Bytes that a session may ask for: weights packed anew, in pieces that double each time."""
+    weights = artifact.manifest.get("weights")
+    return 2 * (artifact.path / weights).stat().st_size if weights else 0
 
 
 def _unwanted_fusions(model: ir.Model) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trivium.backends.onnxruntime import huge_pages
 from trivium.compiler.errors import BackendFailed
 from trivium.compiler.generation.slots import require_memory, require_room
 from trivium.compiler.generator import Generator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _SPARE = 256
 """Slots that a buffer that is too small gets beyond those that are needed."""
+
+_WASTED = 64 << 20
+"""Bytes of the largest caches that lie on huge pages, which take all of their memory at once."""
 
 
 @dataclass
@@ -49,6 +53,9 @@ class RaggedDecoder:
         self._session = session
         inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         self._narrow = {value.name for value in inputs if value.type == "tensor(int32)"}
+        logits = next(v for v in session.get_outputs() if v.name == generator.logits)
+        width = logits.shape[-1] if logits.type == "tensor(float)" else None
+        self._width = width if isinstance(width, int) else 0
 
     # The protocol of `trivium.compiler.generator.Decoder`.
 
@@ -64,10 +71,9 @@ class RaggedDecoder:
         generator, rows = self.generator, len(tokens)
         counts = [len(row) for row in tokens]
         require_room(generator, cache.lengths, counts)
-        logits = np.zeros((rows, keep, generator.vocabulary or 1), np.float32)
         width = max(counts, default=0)
         if not width:
-            return logits
+            return np.zeros((rows, keep, generator.vocabulary or 1), np.float32)
         ids = np.zeros((rows, width), np.int64)
         for row, new in enumerate(tokens):
             ids[row, : len(new)] = new
@@ -84,14 +90,16 @@ class RaggedDecoder:
         if generator.positions is not None:
             places = before[:, None] + np.arange(width)
             feeds[generator.positions] = np.minimum(places, generator.context - 1)
+        alike = keep <= width == min(counts)
         wanted = [range(max(count - keep, 0), count) for count in counts]
-        columns = np.unique(np.concatenate(wanted)).astype(np.int64)
+        columns = np.arange(width - keep, width) if alike else np.unique(np.concatenate(wanted))
         if generator.chosen is not None:
             feeds[generator.chosen] = columns
-        found = self._call(feeds, cache).astype(np.float32, copy=False)
+        found = self._call(feeds, cache)
         cache.lengths = [have + new for have, new in zip(cache.lengths, counts, strict=True)]
-        if found.shape[-1] != logits.shape[-1]:  # hidden states, not logits
-            logits = np.zeros((rows, keep, found.shape[-1]), np.float32)
+        if alike:
+            return found if found.shape[1] == keep else found[:, width - keep : width]
+        logits = np.zeros((rows, keep, found.shape[-1]), np.float32)
         for row, own in enumerate(wanted):
             if own:
                 chosen = np.searchsorted(columns, own) if generator.chosen is not None else own
@@ -128,6 +136,8 @@ class RaggedDecoder:
         # The system gives a page when it is first written; an allocator that has memory left over
         # would fill it with zeros.
         block = mmap.mmap(-1, max(sum(sizes), 1))
+        if sum(sizes) <= _WASTED:
+            huge_pages.advise(np.frombuffer(block, np.uint8))
         binding, buffers, first = self._session.io_binding(), [], 0
         for cache, shape, dtype, size in zip(caches, shapes, dtypes, sizes, strict=True):
             buffers.append(np.frombuffer(block, dtype, math.prod(shape), first).reshape(shape))
@@ -166,15 +176,23 @@ class RaggedDecoder:
         import numpy as np
         import onnxruntime as ort
 
-        binding = cache.binding
+        binding, generator = cache.binding, self.generator
         for name, array in feeds.items():
             dtype = np.int32 if name in self._narrow else np.int64
             small = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype))
             binding.bind_ortvalue_input(name, small)
-        binding.bind_output(self.generator.logits)
+        rows, new = feeds[generator.tokens].shape
+        if self._width:
+            # Written where they are read: binding a fresh output would copy them.
+            places = new if generator.chosen is None else feeds[generator.chosen].size
+            logits: Array = np.empty((rows, places, self._width), np.float32)
+            binding.bind_ortvalue_output(generator.logits, ort.OrtValue.ortvalue_from_numpy(logits))
+        else:
+            binding.bind_output(generator.logits)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises a dozen kinds without a common base
             raise BackendFailed(one_line(error), about="onnxruntime") from error
-        logits: Array = binding.get_outputs()[len(cache.buffers)].numpy()
-        return logits
+        if not self._width:
+            logits = binding.get_outputs()[len(cache.buffers)].numpy()
+        return logits.astype(np.float32, copy=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
 from trivium.backends.onnxruntime.cost import melts
 from trivium.compiler.kernels import kernels_of
@@ -43,6 +44,6 @@ IMAGE = "float[1,16,8,8]"
 )
 def test_kernels_are_those_of_the_engine(text: str, expected: list[str]) -> None:
     model = ir.from_onnx_text(HEADER + text)
-    ir.passes.common.ShapeInferencePass()(model)
+    ShapeInferencePass()(model)
     found = ["+".join(kernel.op_types) for kernel in kernels_of(model.graph, melts)]
     assert found == expected
