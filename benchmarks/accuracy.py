@@ -157,7 +157,7 @@ def choices(name: str, job: Job, keys: Sequence[str]) -> tuple[float, float, int
 
 def judge_whole(rows: Sequence[whole.Row]) -> dict[str, Score]:
     """Each group of rows by an engine's coefficients that were fitted without the group."""
-    table = whole.table(rows, whole.shipped)
+    table = whole.table(rows)
     formula = whole.ENGINES[table.source]
     groups = sorted(set(table.columns["group"].tolist()))
     guesses = np.zeros(len(table))
@@ -187,7 +187,7 @@ scored on.
 - *Device left out*: coefficients are the mean of the other devices'. *Family left out*: also
   without devices of the same generation.
 - *30 points*: the six coefficients that `trivium calibrate --from` may change, fitted to thirty
-  rows of the device.
+  rows of the device, spread from the shortest to the longest as that command spreads them.
 - *Shipped*: the coefficients in `targets/calibrations`, on other rows of the same tables.
 - The 3-parameter roofline (a launch, a share of either rate) is fitted without the family.
 
@@ -196,8 +196,10 @@ interval holds the measurement (it should be 75 to 90%).
 """
 
 WHOLE_HEAD = """
-The kernels of each model by the formulas above with the coefficients that ship; what the engine
-adds (seconds of a call, the pace of its own kernels) is fitted without the group in question.
+The kernels of each model by the formulas above with the coefficients that ship, and on NeuSight's
+GPUs with those of the float32 kernels that were measured on them (AMD's have only elementwise ones);
+what the engine adds (seconds of a call, the pace of its own kernels) is fitted without the group in
+question.
 """
 
 

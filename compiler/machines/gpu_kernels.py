@@ -172,7 +172,7 @@ class _Batch:
             return _Pending(self, [], compute + arithmetic, stream, launch)
         # What an epilogue reads besides the product's own operands.
         extra = max(moved - self._own_bytes(kernel, share), 0.0)
-        memory = extra / (target.memory_bytes_per_s or 1.0) / self._stream_share
+        memory = self._rest(extra, kernel)
         return _Pending(self, queued, compute, memory, launch)
 
     def run(self) -> None:
@@ -182,7 +182,9 @@ class _Batch:
             sizes = np.array([product[:4] for product, _ in waiting], float).T
             m, n, k, batch = sizes
             width = WIDTHS.get(dtype, 2.0)
-            activations = np.array([2.0 * kernel.activation_bytes for _, kernel in waiting])
+            # An element is read as long after it was written as the rest of its producer and the
+            # part of its reader before it take: what one kernel moves. The result counts besides.
+            activations = np.array([kernel.read_bytes for _, kernel in waiting])
             weights = np.array([kernel.weight_bytes for _, kernel in waiting])
             written = np.array([kernel.written_bytes for _, kernel in waiting])
             right = np.where(weights > 0, self.context.held_bytes, activations)
@@ -214,10 +216,6 @@ class _Batch:
     def _peak(self, key: _Key) -> float:
         return self.target.peak_ops[key[1]]
 
-    @property
-    def _stream_share(self) -> float:
-        return self.machine.calibrations["stream"]["memory"]
-
     def _stream(self, kernel: Kernel, moved: float) -> float:
         """Seconds of moving a kernel's bytes, without its launch."""
         c = {**self.machine.calibrations["stream"].coefficients, "base_s": 0.0}
@@ -227,6 +225,15 @@ class _Batch:
         held = kernel.weight_bytes + kernel.activation_bytes
         warm = held <= chip.whole_cache * c["resident"]
         return float(gpu.stream(moved, chip, c, reduces=reduces, warm=warm))
+
+    def _rest(self, moved: float, kernel: Kernel) -> float:
+        """Seconds of what an epilogue reads: most often a sum's other operand, which was written
+        some kernels ago (a residual's block has three)."""
+        c = self.machine.calibrations["stream"]
+        chip = gpu.Chip.of(self.target, 1.0)
+        kept = chip.cache * self.machine.calibrations["product"]["resident"]
+        cold = min(max(3.0 * kernel.activation_bytes / kept - 1.0, 0.0), 0.5) / 0.5
+        return moved * (cold + (1.0 - cold) / c["on_chip"]) / (chip.bandwidth * c["memory"])
 
     def _own_bytes(self, kernel: Kernel, share: float) -> float:
         if kernel.attentions:
