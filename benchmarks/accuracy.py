@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import baselines, fitting, measured, mlperf, scores, whole
+from benchmarks import baselines, dpu, fitting, measured, mlperf, scores, whole
 from benchmarks.fit_calibrations import JOBS, ROWS, Job
 from benchmarks.fitting import Coefficients, Formula, Table
 from benchmarks.scores import Score
@@ -197,7 +197,7 @@ interval holds the measurement (it should be 75 to 90%).
 
 WHOLE_HEAD = """
 The kernels of each model by the formulas above with the coefficients that ship, and on NeuSight's
-GPUs with those of the float32 kernels that were measured on them (AMD's have only elementwise ones);
+GPUs with those of the float32 kernels that were measured on them (on AMD's only elementwise);
 what the engine adds (seconds of a call, the pace of its own kernels) is fitted without the group in
 question.
 """
@@ -239,7 +239,7 @@ def page() -> str:
     ):
         top, regret, count = choices(name, JOBS[name], tuple(keys))
         lines.append(f"| {TITLES[name]} | {count} | {top:.0%} | {regret:.1%} |")
-    lines += ["", *_whole_models(), "", *_memory()]
+    lines += ["", *_whole_models(), "", *_dpu(), "", *_memory()]
     return "\n".join(lines) + "\n"
 
 
@@ -297,6 +297,39 @@ def _whole_models() -> list[str]:
     ]
     ratios = [f"{name} {g / a:.2f}" for name, a, g in zip(names, actual, guessed, strict=True)]
     lines += [f"- {ratio}" for ratio in ratios]
+    return lines
+
+
+DPU_HEAD = """
+AMD's deep-learning processors on FPGA, by `compiler/machines/dpu.py`: pictures a second of Vitis AI
+2.5's zoo, for networks that a paper describes in full. No backend of Trivium emits for a DPU, so
+nothing of this is offered as a target; it says how far the formula carries. Each row is predicted
+without any network of its kind (all residual ones, all of Inception, ...); the card's coefficients
+are fitted to its other rows, or are the mean of the other cards' with the same processor.
+"""
+
+
+def _dpu() -> list[str]:
+    lines = [
+        "## FPGA",
+        "",
+        *DPU_HEAD.strip().split("\n"),
+        "",
+        "| card | left out | count | MAPE | median | P90 | tau | coverage |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    together: dict[str, list[tuple[dpu.Array, ...]]] = {}
+    rows = []
+    for card, ways in dpu.judge().items():
+        for name, (table, way) in ways.items():
+            parts = table.seconds, way.guesses, way.spreads
+            together.setdefault(name, []).append(parts)
+            rows.append((card, name, scores.of(*parts)))
+    for name, found in together.items():
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        rows.insert(0, ("**all**", name, scores.of(columns[0], columns[1], columns[2])))
+    for card, name, score in rows:
+        lines.append("| " + " | ".join((card, name, str(score.count), *scores.cells(score))) + " |")
     return lines
 
 

@@ -87,9 +87,12 @@ class Net:
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-def resnet(depth: int, height: int, width: int, strides: str = "second") -> Net:
-    """He et al., 2015. Where a stage strides: in its first block's first convolution, in the second
-    (as in torchvision), or in the last block of the stage before (as in TensorFlow's slim)."""
+def resnet(
+    depth: int, height: int, width: int, strides: str = "second", first: bool = False
+) -> Net:
+    """He et al., 2015, and with normalization ``first`` (2016), which melts into no convolution.
+    Where a stage strides: in its first block's first convolution, in the second (as in
+    torchvision), or in the last block of the stage before (as in TensorFlow's slim)."""
     net = Net(height, width).conv(64, 7, 2).pool()
     for stage, blocks in enumerate(BLOCKS[depth]):
         inner = 64 << stage
@@ -99,15 +102,17 @@ def resnet(depth: int, height: int, width: int, strides: str = "second") -> Net:
                 stride = 2 if block == blocks - 1 and stage < 3 else 1
             else:
                 stride = 2 if block == 0 and stage > 0 else 1
+            if first:
+                net.pool(1)
             start = net.shape
             if block == 0 and start[2] != out:
                 net.conv(out, 1, 1 if strides == "slim" else stride).at(start)
             if depth == 18:
                 net.conv(inner, 3, stride).conv(out, 3, adds=True)
                 continue
-            first = strides == "first"
-            net.conv(inner, 1, stride if first else 1)
-            net.conv(inner, 3, 1 if first else stride).conv(out, adds=True)
+            early = strides == "first"
+            net.conv(inner, 1, stride if early else 1)
+            net.conv(inner, 3, 1 if early else stride).conv(out, adds=True)
     return net.classify()
 
 
@@ -269,12 +274,12 @@ def mobilenet_v2(width: float, size: int) -> Net:
 
 def squeezenet() -> Net:
     """Iandola et al., 2016, version 1.1."""
-    net = Net(224, 224).conv(64, 3, 2).pool()
+    net = Net(224, 224).conv(64, 3, 2, valid=True).pool(valid=3)
     for index, squeezed in enumerate((16, 16, 32, 32, 48, 48, 64, 64)):
         net.conv(squeezed)
         _branches(net, _chain((4 * squeezed, 1)), _chain((4 * squeezed, 3)))
         if index in (1, 3):
-            net.pool()
+            net.pool(valid=3)
     return net.conv(1000).pool(everything=True)
 
 
@@ -297,7 +302,8 @@ def yolo_v3(size: int, classes: int) -> Net:
 
 
 NETWORKS: Mapping[str, Callable[[], Net]] = {
-    r"(tf|cf)_inceptionv1_.*_3(\.16)?G": partial(inception_v1, 5),
+    r"tf_inceptionv1_.*": partial(inception_v1, 3),
+    r"cf_inceptionv1_.*": partial(inception_v1, 5),
     r".*_inceptionv3_.*": inception_v3,
     r".*_inceptionv4_.*": inception_v4,
     r"tf_mlperf_resnet50_.*": partial(resnet, 50, 224, 224),
@@ -306,9 +312,9 @@ NETWORKS: Mapping[str, Callable[[], Net]] = {
     r"tf_resnet(v1_)?50_.*": partial(resnet, 50, 224, 224, "slim"),
     r"tf_resnetv1_101_.*": partial(resnet, 101, 224, 224, "slim"),
     r"tf_resnetv1_152_.*": partial(resnet, 152, 224, 224, "slim"),
-    r"tf_resnetv2_50_.*": partial(resnet, 50, 299, 299, "slim"),
-    r"tf_resnetv2_101_.*": partial(resnet, 101, 299, 299, "slim"),
-    r"tf_resnetv2_152_.*": partial(resnet, 152, 299, 299, "slim"),
+    r"tf_resnetv2_50_.*": partial(resnet, 50, 299, 299, "slim", True),
+    r"tf_resnetv2_101_.*": partial(resnet, 101, 299, 299, "slim", True),
+    r"tf_resnetv2_152_.*": partial(resnet, 152, 299, 299, "slim", True),
     r"pt_vehicle-.*|cf_resnet18_.*": partial(resnet, 18, 224, 224),
     r"pt_personreid-res18_.*": partial(resnet, 18, 176, 80),
     r"pt_personreid-res50_.*": partial(resnet, 50, 256, 128),

@@ -268,6 +268,7 @@ def from_csv(target: Target, path: Path) -> Published:
     chip = gpu.Chip.of(target, peak)
     width = {"float32": 4.0, "float64": 8.0, "int8": 1.0, "float8": 1.0}.get(dtype, 2.0)
     prior = {**gpu.PRODUCT_START, **_gpu_prior(target)}
+
     def guess_of(rows: Any, c: Mapping[str, float]) -> fitting.Array:
         return gpu.product(
             m[rows], n[rows], k[rows], chip, c, batch=batch[rows], width=width

@@ -58,6 +58,7 @@ class Engine:
         pixels, inputs, outputs: Multiplications a cycle are the product of the three.
         cores: Engines that work side by side, each on a picture.
         shares_weights: Whether they run one batch in step, so that weights are read once.
+        feature_bytes: What a core keeps of feature maps from one kernel to the next.
     """
 
     pixels: float
@@ -67,6 +68,7 @@ class Engine:
     cores: int
     memory_bytes_per_s: float
     shares_weights: bool
+    feature_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,8 @@ def layers_of(kernels: Sequence[Kernel]) -> Layers:
         moved = kernel.read_bytes + kernel.written_bytes
         found.append((*sizes, thin, kernel.weight_bytes, moved, product is None))
     columns = [np.array(column, float) for column in zip(*found, strict=True)]
-    rows, inputs, taps, outputs, groups, thin, weights, moved, misc = columns
-    return Layers(
-        rows, inputs, taps, outputs, groups, thin > 0, weights, moved, misc > 0
-    )
+    depthwise, misc = columns[5] > 0, columns[8] > 0
+    return Layers(*columns[:5], depthwise, columns[6], columns[7], misc)
 
 
 def seconds(layers: Layers, engine: Engine, c: Mapping[str, float], busy: int) -> float:
@@ -124,5 +124,6 @@ def seconds(layers: Layers, engine: Engine, c: Mapping[str, float], busy: int) -
     cycles = np.where(layers.misc, layers.moved / c["misc"], cycles)
     weights = layers.weights / busy if engine.shares_weights else layers.weights
     rate = engine.memory_bytes_per_s * min(c["memory"] / busy, c["port"])
-    memory = np.where(layers.misc, 0.0, (weights + layers.moved) / rate)
+    moved = np.where(layers.moved > engine.feature_bytes, layers.moved, 0.0)
+    memory = np.where(layers.misc, 0.0, (weights + moved) / rate)
     return float(c["call_s"] + np.maximum(cycles / engine.clock_hz, memory).sum())
