@@ -104,8 +104,8 @@ def layers_of(kernels: Sequence[Kernel]) -> Layers:
         moved = kernel.read_bytes + kernel.written_bytes
         found.append((*sizes, thin, kernel.weight_bytes, moved, product is None))
     columns = [np.array(column, float) for column in zip(*found, strict=True)]
-    depthwise, misc = columns[5] > 0, columns[8] > 0
-    return Layers(*columns[:5], depthwise, columns[6], columns[7], misc)
+    rows, inputs, taps, outputs, groups, depthwise, weights, maps, misc = columns
+    return Layers(rows, inputs, taps, outputs, groups, depthwise > 0, weights, maps, misc > 0)
 
 
 def seconds(layers: Layers, engine: Engine, c: Mapping[str, float], busy: int) -> float:
