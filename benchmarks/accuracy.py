@@ -305,15 +305,21 @@ AMD's deep-learning processors on FPGA, by `compiler/machines/dpu.py`: pictures 
 2.5's zoo, for networks that a paper describes in full. No backend of Trivium emits for a DPU, so
 nothing of this is offered as a target; it says how far the formula carries. Each row is predicted
 without any network of its kind (all residual ones, all of Inception, ...); the card's coefficients
-are fitted to its other rows, or are the mean of the other cards' with the same processor.
+are the mean of the other cards' with the same processor, either as they are or corrected by the
+card's other rows. How many processing elements of a Versal share what, and its memory, are figures
+recalled and not read again.
 """
 
 
 def _dpu() -> list[str]:
+    scored, published = dpu.scored()
     lines = [
         "## FPGA",
         "",
         *DPU_HEAD.strip().split("\n"),
+        "",
+        f"{scored} of the table's {published} figures are scored; the other networks (pruned, for",
+        "detection or segmentation, of the zoo's own) are in no paper layer by layer.",
         "",
         "| card | left out | count | MAPE | median | P90 | tau | coverage |",
         "|---|---|---|---|---|---|---|---|",

@@ -106,6 +106,16 @@ def tables() -> tuple[Table, ...]:
     return tuple(made)
 
 
+def scored() -> tuple[int, int]:
+    """How many figures of the table are predicted, and how many there are."""
+    published = sum(
+        bool(row[column])
+        for row in measured.rows_of("vitis_ai_2.5/measured_fps.csv")
+        for column in ("fps_single", "fps_multi")
+    )
+    return sum(map(len, tables())), published
+
+
 KINDS = ("inception", "mobilenet", "resnet|personreid|vehicle", "squeezenet", "vgg", "yolo")
 """A network is left out together with those that are like it."""
 
