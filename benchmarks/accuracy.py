@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import baselines, fitting, measured, mlperf, scores, whole
+from benchmarks import baselines, dpu, fitting, measured, mlperf, scores, whole
 from benchmarks.fit_calibrations import JOBS, ROWS, Job
 from benchmarks.fitting import Coefficients, Formula, Table
 from benchmarks.scores import Score
@@ -157,7 +157,7 @@ def choices(name: str, job: Job, keys: Sequence[str]) -> tuple[float, float, int
 
 def judge_whole(rows: Sequence[whole.Row]) -> dict[str, Score]:
     """Each group of rows by an engine's coefficients that were fitted without the group."""
-    table = whole.table(rows, whole.shipped)
+    table = whole.table(rows)
     formula = whole.ENGINES[table.source]
     groups = sorted(set(table.columns["group"].tolist()))
     guesses = np.zeros(len(table))
@@ -187,7 +187,7 @@ scored on.
 - *Device left out*: coefficients are the mean of the other devices'. *Family left out*: also
   without devices of the same generation.
 - *30 points*: the six coefficients that `trivium calibrate --from` may change, fitted to thirty
-  rows of the device.
+  rows of the device, spread from the shortest to the longest as that command spreads them.
 - *Shipped*: the coefficients in `targets/calibrations`, on other rows of the same tables.
 - The 3-parameter roofline (a launch, a share of either rate) is fitted without the family.
 
@@ -196,8 +196,10 @@ interval holds the measurement (it should be 75 to 90%).
 """
 
 WHOLE_HEAD = """
-The kernels of each model by the formulas above with the coefficients that ship; what the engine
-adds (seconds of a call, the pace of its own kernels) is fitted without the group in question.
+The kernels of each model by the formulas above with the coefficients that ship, and on NeuSight's
+GPUs with those of the float32 kernels that were measured on them (on AMD's only elementwise);
+what the engine adds (seconds of a call, the pace of its own kernels) is fitted without the group in
+question.
 """
 
 
@@ -237,7 +239,7 @@ def page() -> str:
     ):
         top, regret, count = choices(name, JOBS[name], tuple(keys))
         lines.append(f"| {TITLES[name]} | {count} | {top:.0%} | {regret:.1%} |")
-    lines += ["", *_whole_models(), "", *_memory()]
+    lines += ["", *_whole_models(), "", *_dpu(), "", *_memory()]
     return "\n".join(lines) + "\n"
 
 
@@ -295,6 +297,45 @@ def _whole_models() -> list[str]:
     ]
     ratios = [f"{name} {g / a:.2f}" for name, a, g in zip(names, actual, guessed, strict=True)]
     lines += [f"- {ratio}" for ratio in ratios]
+    return lines
+
+
+DPU_HEAD = """
+AMD's deep-learning processors on FPGA, by `compiler/machines/dpu.py`: pictures a second of Vitis AI
+2.5's zoo, for networks that a paper describes in full. No backend of Trivium emits for a DPU, so
+nothing of this is offered as a target; it says how far the formula carries. Each row is predicted
+without any network of its kind (all residual ones, all of Inception, ...); the card's coefficients
+are the mean of the other cards' with the same processor, either as they are or corrected by the
+card's other rows. How many processing elements of a Versal share what, and its memory, are figures
+recalled and not read again.
+"""
+
+
+def _dpu() -> list[str]:
+    scored, published = dpu.scored()
+    lines = [
+        "## FPGA",
+        "",
+        *DPU_HEAD.strip().split("\n"),
+        "",
+        f"{scored} of the table's {published} figures are scored; the other networks (pruned, for",
+        "detection or segmentation, of the zoo's own) are in no paper layer by layer.",
+        "",
+        "| card | left out | count | MAPE | median | P90 | tau | coverage |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    together: dict[str, list[tuple[dpu.Array, ...]]] = {}
+    rows = []
+    for card, ways in dpu.judge().items():
+        for name, (table, way) in ways.items():
+            parts = table.seconds, way.guesses, way.spreads
+            together.setdefault(name, []).append(parts)
+            rows.append((card, name, scores.of(*parts)))
+    for name, found in together.items():
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        rows.insert(0, ("**all**", name, scores.of(columns[0], columns[1], columns[2])))
+    for card, name, score in rows:
+        lines.append("| " + " | ".join((card, name, str(score.count), *scores.cells(score))) + " |")
     return lines
 
 

@@ -130,10 +130,23 @@ def family(each: Sequence[Coefficients]) -> dict[str, float]:
     }
 
 
+FEW_PULL = 0.05
+"""Of the prior on thirty points."""
+
+
+def points(formula: Formula, table: Table, prior: Coefficients, seed: int = 0) -> Table:
+    """Thirty rows, from the shortest to the longest by the prior: one, drawn at random, of each
+    thirtieth. A calibration chooses what it measures, and spreads it like this."""
+    order = np.argsort(formula.predict(table, prior), kind="stable")
+    parts = [part for part in np.array_split(order, POINTS_AT_MOST) if len(part)]
+    random = np.random.default_rng(seed)
+    return table.take(np.array([random.choice(part) for part in parts]))
+
+
 def few(formula: Formula, table: Table, prior: Coefficients, seed: int = 0) -> dict[str, float]:
     """A family's coefficients, corrected by thirty points of the device."""
-    order = np.random.default_rng(seed).permutation(len(table))[:POINTS_AT_MOST]
-    return fit(formula, [table.take(order)], prior, formula.device, pull=0.05)
+    chosen = points(formula, table, prior, seed)
+    return fit(formula, [chosen], prior, formula.device, pull=FEW_PULL)
 
 
 def spread_between(
@@ -151,10 +164,11 @@ def spread_between(
 
 def spread_of_few(formula: Formula, table: Table, prior: Coefficients, seed: int = 0) -> float:
     """What thirty points say of themselves: each third by a fit to the other two."""
-    order = np.random.default_rng(seed).permutation(len(table))[:POINTS_AT_MOST]
+    chosen = points(formula, table, prior, seed)
+    index = np.arange(len(chosen))
     errors: list[float] = []
     for third in range(3):
-        out = np.arange(len(order)) % 3 == third
-        c = fit(formula, [table.take(order[~out])], prior, formula.device, pull=0.05)
-        errors += residuals(formula, table.take(order[out]), c).tolist()
+        out = index % 3 == third
+        c = fit(formula, [chosen.take(index[~out])], prior, formula.device, pull=FEW_PULL)
+        errors += residuals(formula, chosen.take(index[out]), c).tolist()
     return spread_of(errors)

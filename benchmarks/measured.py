@@ -73,7 +73,8 @@ def _parquet(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(path: str) -> Iterator[dict[str, str]]:
+def rows_of(path: str) -> Iterator[dict[str, str]]:
+    """Those of a published CSV file."""
     with (folder() / "measured" / path).open(encoding="utf-8") as stream:
         yield from csv.DictReader(stream)
 
@@ -174,7 +175,7 @@ def neusight_target(device: str) -> Target:
 def _neusight(files: tuple[str, ...], kind: str, names: dict[str, str]) -> tuple[Table, ...]:
     rows: dict[str, list[dict[str, str]]] = {}
     for file in files:
-        for row in _csv(f"neusight/{file}.csv"):
+        for row in rows_of(f"neusight/{file}.csv"):
             rows.setdefault(row["Device"], []).append(row)
     found = []
     for device, own in sorted(rows.items()):

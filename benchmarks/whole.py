@@ -18,7 +18,7 @@ from functools import cache
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks import fitting, measured, transformers
+from benchmarks import fitting, formulas, measured, transformers
 from benchmarks.fitting import Array, Coefficients, Formula, Table
 from benchmarks.transformers import Shape
 from trivium.compiler import targets
@@ -179,9 +179,43 @@ Machines = Callable[[Target], GpuMachine]
 shipped: Machines = calibrations.gpu_machine
 """The coefficients that ship."""
 
+ROWS = 600
+"""Of a device's kernels, as for what ships."""
 
-def table(rows: Sequence[Row], machines: Machines) -> Table:
+
+@cache
+def _of_kernels(name: str) -> Mapping[str, Coefficients]:
+    """What the kernels that NeuSight measured on a GPU say of it: nothing of a whole model."""
+    found = {}
+    for table, formula, tables in (
+        ("product_float32", formulas.FLOAT_PRODUCT, measured.float_products()),
+        ("stream", formulas.STREAM, measured.rows_kernels()),
+    ):
+        prior = calibrations.of_family("gpu", table).coefficients
+        for own in tables:
+            if own.target.name == name:
+                rows, _ = own.halves(ROWS, 1)
+                found[table] = fitting.fit(formula, [rows], prior, formula.device, pull=0.02)
+    return found
+
+
+def with_own_kernels(target: Target) -> GpuMachine:
+    """The coefficients that ship, and those of the device's own float32 kernels where they were
+    measured: what ``trivium calibrate`` would know of a GPU that no file ships for."""
+    machine = calibrations.gpu_machine(target)
+    known = dict(machine.calibrations)
+    for table, coefficients in _of_kernels(target.name.replace("_", "-")).items():
+        known[table] = replace(known[table], coefficients=coefficients)
+    return replace(machine, calibrations=known)
+
+
+MACHINES: Mapping[str, Machines] = {"pytorch": with_own_kernels}
+"""Where an engine's rows are on devices without a file that ships."""
+
+
+def table(rows: Sequence[Row], machines: Machines | None = None) -> Table:
     """What the kernel formulas say of some rows of one engine."""
+    machines = machines or MACHINES.get(rows[0].engine, shipped)
     columns: Mapping[str, list[float]] = {
         "wide": [],
         "narrow": [],

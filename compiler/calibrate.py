@@ -246,7 +246,7 @@ def from_csv(target: Target, path: Path) -> Published:
     """Fit a GPU's products to rows of ``m,n,k`` and a time.
 
     The columns may be joined by ``batch`` and ``dtype`` (bfloat16, one for all rows). Of more than
-    thirty rows, thirty are fitted and the others tell how well.
+    thirty rows, thirty from the shortest to the longest are fitted and the others tell how well.
 
     Raises:
         BadInput: Columns are missing, a cell is no number, the times cannot be in the unit that
@@ -268,7 +268,6 @@ def from_csv(target: Target, path: Path) -> Published:
     chip = gpu.Chip.of(target, peak)
     width = {"float32": 4.0, "float64": 8.0, "int8": 1.0, "float8": 1.0}.get(dtype, 2.0)
     prior = {**gpu.PRODUCT_START, **_gpu_prior(target)}
-    order = np.argsort(m * n * k, kind="stable")
 
     def guess_of(rows: Any, c: Mapping[str, float]) -> fitting.Array:
         return gpu.product(
@@ -276,6 +275,7 @@ def from_csv(target: Target, path: Path) -> Published:
         ).seconds
 
     everything = np.arange(len(seconds))
+    order = np.argsort(guess_of(everything, prior), kind="stable")
     rough = fitting.fit(
         lambda c: guess_of(everything, c), seconds, prior, gpu.PRODUCT_DEVICE, gpu.PRODUCT_BOUNDS
     )

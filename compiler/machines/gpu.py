@@ -10,6 +10,7 @@ one that the formula makes fastest. For each,
   the product lasts); a step along the sum takes no less than a 64 x 64 tile's, however small the
   tile;
 - on-chip traffic: what all tiles read through the L2, and partial sums;
+- a matrix times a vector is bound by its traffic alone;
 - memory traffic: operands that the L2 does not hold from the last call, and results that do not
   fit in it. An L2 in two parts holds everything twice.
 
@@ -74,8 +75,8 @@ PRODUCT_BOUNDS: Mapping[str, tuple[float, float]] = {
     "write": (0.3, 4.0),
 }
 
-PRODUCT_DEVICE = ("sustained", "memory", "on_chip", "least_tile", "ramp_cycles", "launch_s")
-"""What a calibration of one device may change."""
+PRODUCT_DEVICE = ("sustained", "memory", "on_chip", "least_tile", "droop", "launch_s")
+"""What a calibration of one device may change. Of launch_s and ramp_cycles, which add up, one."""
 
 TYPICAL_UNITS = 100.0
 TYPICAL_CLOCK_HZ = 1.7e9
@@ -153,6 +154,7 @@ def product(
     left_bytes: Any = np.inf,
     left_span: Any = np.inf,
     right_span: Any = np.inf,
+    lasting: float = 0.0,
 ) -> Parts:
     """Time ``batch`` products of [m, k] and [k, n].
 
@@ -163,6 +165,8 @@ def product(
             that it stands for.
         left_span, right_span: Bytes that pass through the L2 between two uses of the left and of
             the right operand; by default both come from memory. A small result stays in the L2.
+        lasting: Seconds at the peak that the products around these take together, where those keep
+            the chip as busy: the clock falls with all of them, not with each.
     """
     m, n, k, batch = (np.asarray(value, float).reshape(-1, 1) for value in (m, n, k, batch))
     width = np.asarray(width, float).reshape(-1, 1)
@@ -172,7 +176,7 @@ def product(
     tiles = rows * columns * _S * batch / chip.units
 
     ideal = 2.0 * m * n * k * batch / (chip.peak * chip.throttle * c["sustained"])
-    clock = np.clip(ideal / 1e-3, 1e-2, 30.0) ** -c["droop"]
+    clock = np.clip(np.maximum(ideal, lasting) / 1e-3, 1e-2, 30.0) ** -c["droop"]
     rate = chip.peak * chip.throttle * c["sustained"] * clock / chip.units
     depth = np.ceil(k / _S / 64.0) * 64.0
     step = 2.0 * _M * _N * (1.0 + c["tile_edge"] * (1.0 / _M + 1.0 / _N)) / rate
@@ -202,8 +206,16 @@ def product(
     body = body + np.where(_S > 1, c["split_s"], 0.0)
     best = body.argmin(axis=1)
     pick = np.arange(len(best)), best
-    memory = np.broadcast_to(memory, body.shape)
-    return Parts(np.full(len(best), launch), compute[pick], on_chip[pick], memory[pick], body[pick])
+    memory = np.broadcast_to(memory, body.shape)[pick]
+    body, compute, on_chip = body[pick], compute[pick], on_chip[pick]
+
+    # A matrix and a vector need no tiles: rows are summed as they are read.
+    fed = (left + right_width * n * k * batch)[:, 0] / (chip.reference * c["on_chip"])
+    summed = (fed**p + memory**p) ** (1.0 / p)
+    vector = (np.minimum(m, n)[:, 0] <= 1.0) & (summed < body)
+    body, on_chip = np.where(vector, summed, body), np.where(vector, fed, on_chip)
+    compute = np.where(vector, 0.0, compute)
+    return Parts(np.full(len(best), launch), compute, on_chip, memory, body)
 
 
 # --- what only moves data ------------------------------------------------------------------------

@@ -55,9 +55,10 @@ DECODE_START: Mapping[str, float] = {
     "resident": 0.8,
     "on_chip": 0.0035,
 }
-"""memory: share of the peak bandwidth; base_cycles: launches; split_cycles: combining the parts of
-a split cache; least_keys: below which a group takes no less; resident: share of the L2 that keeps
-its content between calls; on_chip: its bytes for each operation at the peak of half precision."""
+"""memory: share of the peak bandwidth; base_cycles: launches; split_cycles: combining eight or more
+parts of a split cache; least_keys: below which a group takes no less; resident: share of the L2
+that keeps its content between calls; on_chip: its bytes for each operation at the peak of half
+precision."""
 
 DECODE_BOUNDS: Mapping[str, tuple[float, float]] = {
     "memory": (0.2, 1.0),
@@ -167,7 +168,7 @@ def decode(
     cold = _cold(2.0 * width * work * keys * head, chip.whole_cache * c["resident"], warm)
     slow = chip.bandwidth * c["memory"]
     full = cache * (cold / slow + (1.0 - cold) / np.maximum(chip.reference * c["on_chip"], slow))
-    base = c["base_cycles"] / chip.clock + np.where(
-        splits > 1.0, c["split_cycles"] / chip.clock, 0.0
-    )
-    return np.asarray(base + full / busy)
+    # Two parts are combined in half the time that many take.
+    share = 0.5 + 0.5 * np.clip((np.log2(splits) - 1.0) / 2.0, 0.0, 1.0)
+    combining = np.where(splits > 1.0, c["split_cycles"] / chip.clock * share, 0.0)
+    return np.asarray(c["base_cycles"] / chip.clock + combining + full / busy)

@@ -147,7 +147,7 @@ class _Batch:
                 self.notes[f"no published {dtype} rate of {target.name}"] = None
                 return None
             keys[dtype] = (FORMS.get(name, "product"), name), slower
-        queued, compute, memory, known = [], 0.0, 0.0, 0.0
+        queued, compute, cache, known = [], 0.0, 0.0, 0.0
         first = next(iter(keys.values()), None)
         if first is not None:
             for product in kernel.products:
@@ -161,7 +161,11 @@ class _Batch:
             for attention in kernel.attentions:
                 key, slower = first
                 seconds = self._attention(attention, key[1], share) * slower
-                compute += seconds
+                if _decodes(attention):
+                    # Whatever it waits for, it reads a cache.
+                    cache += seconds
+                else:
+                    compute += seconds
                 known += 4.0 * math.prod(attention[:2]) * math.prod(attention[3:6])
         rest = max(sum(kernel.dense.values()) - known, 0.0) * share
         if rest > 0.01 * known and first is not None:
@@ -172,7 +176,7 @@ class _Batch:
             return _Pending(self, [], compute + arithmetic, stream, launch)
         # What an epilogue reads besides the product's own operands.
         extra = max(moved - self._own_bytes(kernel, share), 0.0)
-        memory = extra / (target.memory_bytes_per_s or 1.0) / self._stream_share
+        memory = self._rest(extra, kernel) + cache
         return _Pending(self, queued, compute, memory, launch)
 
     def run(self) -> None:
@@ -182,7 +186,9 @@ class _Batch:
             sizes = np.array([product[:4] for product, _ in waiting], float).T
             m, n, k, batch = sizes
             width = WIDTHS.get(dtype, 2.0)
-            activations = np.array([2.0 * kernel.activation_bytes for _, kernel in waiting])
+            # An element is read as long after it was written as the rest of its producer and the
+            # part of its reader before it take: what one kernel moves. The result counts besides.
+            activations = np.array([kernel.read_bytes for _, kernel in waiting])
             weights = np.array([kernel.weight_bytes for _, kernel in waiting])
             written = np.array([kernel.written_bytes for _, kernel in waiting])
             right = np.where(weights > 0, self.context.held_bytes, activations)
@@ -202,7 +208,17 @@ class _Batch:
                 left_bytes=np.array([kernel.read_bytes or np.inf for _, kernel in waiting]),
                 left_span=activations,
                 right_span=right,
+                lasting=self._lasting(key),
             )
+
+    def _lasting(self, key: _Key) -> float:
+        """Ordinary cores are busy for most of a model in float32, so that the power cap acts on
+        its length. Matrix units rest between products: whole models show no more of it than
+        their products one by one."""
+        if key[0] != "product_float32":
+            return 0.0
+        done = sum(one.operations * kernel.times for one, kernel in self.products[key])
+        return done / self._peak(key)
 
     def _coefficients(self, table: str) -> Mapping[str, float]:
         """Those of a table, with the launch of kernels that follow one another in a graph: some
@@ -214,10 +230,6 @@ class _Batch:
     def _peak(self, key: _Key) -> float:
         return self.target.peak_ops[key[1]]
 
-    @property
-    def _stream_share(self) -> float:
-        return self.machine.calibrations["stream"]["memory"]
-
     def _stream(self, kernel: Kernel, moved: float) -> float:
         """Seconds of moving a kernel's bytes, without its launch."""
         c = {**self.machine.calibrations["stream"].coefficients, "base_s": 0.0}
@@ -227,6 +239,15 @@ class _Batch:
         held = kernel.weight_bytes + kernel.activation_bytes
         warm = held <= chip.whole_cache * c["resident"]
         return float(gpu.stream(moved, chip, c, reduces=reduces, warm=warm))
+
+    def _rest(self, moved: float, kernel: Kernel) -> float:
+        """Seconds of what an epilogue reads: most often a sum's other operand, which was written
+        some kernels ago (a residual's block has three)."""
+        c = self.machine.calibrations["stream"]
+        chip = gpu.Chip.of(self.target, 1.0)
+        kept = chip.cache * self.machine.calibrations["product"]["resident"]
+        cold = min(max(3.0 * kernel.activation_bytes / kept - 1.0, 0.0), 0.5) / 0.5
+        return moved * (cold + (1.0 - cold) / c["on_chip"]) / (chip.bandwidth * c["memory"])
 
     def _own_bytes(self, kernel: Kernel, share: float) -> float:
         if kernel.attentions:
@@ -243,7 +264,7 @@ class _Batch:
         batch, heads, kv_heads, queries, keys, head, causal = size
         chip = gpu.Chip.of(self.target, self.target.peak_ops[dtype])
         width = max(WIDTHS.get(dtype, 2.0), 2.0)
-        phase = "decode" if queries < 16 <= keys else "prefill"
+        phase = "decode" if _decodes(size) else "prefill"
         # The launch is counted with the kernel; the tables' base holds several.
         c = {**self.machine.calibrations[phase].coefficients, "base_cycles": 0.0}
         sizes = (batch * share, heads, kv_heads, queries, keys, head)
@@ -254,6 +275,11 @@ class _Batch:
                 *sizes, chip, c, causal=bool(causal), stores=False, warm=True, width=width
             )
         )
+
+
+def _decodes(size: tuple[float, ...]) -> bool:
+    """A few queries against a cache."""
+    return size[3] < 16 <= size[4]
 
 
 def _shared(product: Product, share: float, slower: float) -> Product:

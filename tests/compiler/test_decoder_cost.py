@@ -148,3 +148,13 @@ def test_a_limit_on_the_first_token(folder: Path) -> None:
     )
     assert chosen.best is None
     assert "time to the first token" in chosen.candidates[0].verdict
+
+
+def test_a_small_model_on_a_gpu_waits_for_launches_and_says_that_they_are_a_prior(
+    costs: Costs,
+) -> None:
+    """One token of 3.4M weights: nothing to compute, hardly anything to read."""
+    step = costs.call(1, 1, 255)
+    assert step.bound == "launch"
+    assert any("XLA was not measured on a GPU" in note for note in step.notes)
+    assert not any(op.bound == "compute" for op in step.by_op)

@@ -149,3 +149,60 @@ def test_every_gpu_is_predicted_or_says_why(name: str, shared_data: Callable[[st
         assert estimate.lo is not None
         assert 1e-6 < estimate.lo < estimate.seconds < 0.1
         assert "other devices" in estimate.calibration or name in estimate.calibration
+
+
+def test_a_matrix_times_a_vector_is_bound_by_its_bytes() -> None:
+    """No tile is filled in vain, in float32 either: within three of reading the matrix once."""
+    chip = gpu.Chip.of(H100, H100.peak_ops["float32"])
+    c = calibrations.find(H100, "product_float32").coefficients
+    parts = gpu.product(1, 8192, 8192, chip, c, width=4.0, out_width=4.0)
+    assert float(parts.compute[0]) == 0.0
+    assert float(parts.body[0]) < 3.0 * 4.0 * 8192 * 8192 / chip.bandwidth
+
+
+def test_what_was_just_written_is_read_from_the_cache() -> None:
+    """A layer whose maps fit in one part of the L2 is quicker a row than one ten times as large."""
+    machine = calibrations.gpu_machine(H100)
+
+    def rate(rows: float) -> float:
+        product = Product(rows, 256.0, 64.0)
+        kernel = Kernel(
+            "",
+            ("Conv",),
+            {"int8": product.operations},
+            weight_bytes=64.0 * 256.0,
+            read_bytes=rows * 64.0,
+            written_bytes=rows * 256.0,
+            products=(product,),
+        )
+        (time,), _ = machine.time([kernel], H100, Context(1.0, 1e9))
+        assert time is not None
+        return time.busy / rows
+
+    fits = 0.5 * (H100.on_chip_bytes or 0.0) / H100.on_chip_parts / 320.0
+    assert rate(fits) < 0.8 * rate(10 * fits)
+
+
+def test_a_long_model_in_float32_runs_at_a_lower_clock() -> None:
+    """The power cap acts on all its products together, not on each."""
+    machine = calibrations.gpu_machine(H100)
+    product = Product(4096.0, 4096.0, 4096.0)
+
+    def one(times: float) -> float:
+        kernel = Kernel("", ("MatMul",), {"float32": product.operations}, weight_bytes=6.7e7)
+        kernel = replace(kernel, read_bytes=6.7e7, written_bytes=6.7e7)
+        kernel = replace(kernel, times=times, products=(product,))
+        (time,), _ = machine.time([kernel], H100, Context(1.0, 1e9))
+        assert time is not None
+        return time.busy
+
+    assert one(50.0) > 1.01 * one(1.0)
+
+
+def test_reading_a_cache_is_bound_by_memory() -> None:
+    machine = calibrations.gpu_machine(H100)
+    size = AttentionSize(64, 32, 8, 1, 4096, 128, False)
+    kernel = Kernel("", ("Attention",), {"bfloat16": 1e9}, read_bytes=1e9, attentions=(size,))
+    (time,), _ = machine.time([kernel], H100, Context(1.0, 1e9))
+    assert time is not None
+    assert time.bound == "memory"
