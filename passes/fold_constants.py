@@ -11,6 +11,8 @@ import onnx_ir as ir
 from trivium.compiler.passing import Pass, option
 from trivium.compiler.types import Preserves
 
+_WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+
 _KEPT = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 """Quantization is part of normal form: folding it would undo it."""
 
@@ -47,6 +49,8 @@ class FoldConstants(Pass):
             if after == before:
                 break
             modified, before = True, after
+            if not any(node.op_type in _WITH_BODIES for node in model.graph):
+                break
         return modified
 
 

@@ -202,6 +202,13 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
             more = len(row["refusals"]) - 1
             reason = row["refusals"][0] + (f" (and {more} more)" if more else "")
             out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
+    if not isinstance(result, Plan):
+        for row in feasible:
+            # A plan's verdict says it; here a row of dashes would stand without a reason.
+            if row["latency_s"] is None and row["notes"]:
+                first = ("no published", "not predicted", "no prediction")
+                why = [note for note in row["notes"] if note.startswith(first)] or row["notes"]
+                out.print(Text(f"{row['target']} with {row['backend']}: {why[0]}", style="dim"))
     if isinstance(result, Plan):
         out.print()
         for row in feasible[:most]:

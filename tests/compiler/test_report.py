@@ -73,6 +73,13 @@ def test_the_terminal_shows_every_candidate_and_why_others_are_refused(result: C
     assert "80% interval" in text
 
 
+def test_the_terminal_says_why_a_latency_is_unknown(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("models/mlperf_ic_resnet8_fp32.onnx")
+    made = compare(path, ["nvidia-jetson-agx-orin-64"], shape=["N=1"])
+    assert made.rows[0]["latency_s"] is None
+    assert "no published memory bandwidth of nvidia-jetson-agx-orin-64" in printed(made, 200)
+
+
 def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(result: Comparison) -> None:
     text = printed(result, 80)
     table = text.split("\n\n")[0]
