@@ -36,6 +36,7 @@ class FoldConstants(Pass):
 
         modified = False
         before = _state(model)
+        branches = any(node.op_type in _WITH_BODIES for node in model.graph)
         # onnxscript goes through the nodes once; what a folded If leaves behind can fold again.
         # What it reports leaves out the shapes that it finds.
         for _ in range(50):
@@ -49,7 +50,7 @@ class FoldConstants(Pass):
             if after == before:
                 break
             modified, before = True, after
-            if not any(node.op_type in _WITH_BODIES for node in model.graph):
+            if not branches:
                 break
         return modified
 
