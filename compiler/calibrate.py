@@ -257,7 +257,7 @@ def from_csv(target: Target, path: Path) -> Published:
 
     if target.family != "gpu":
         raise Unsupported(
-            f"published points are fitted for GPUs only, not for a {target.family}",
+            f"published points are fitted for GPUs only, and this is of family {target.family}",
             about=target.name,
             remedy="calibrate it on the hardware",
         )

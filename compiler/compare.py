@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from trivium.compiler.recipe import Recipe
 
 Backends = Sequence[str] | Literal["all"] | None
-Quality = Callable[["Recipe"], Mapping[str, Any]]
-"""From a recipe to what `Candidate.quality` holds."""
+Quality = Callable[["Recipe", str], Mapping[str, Any]]
+"""From a recipe and a backend to what `Candidate.quality` holds."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Comparison:
 def _rare_collections() -> Iterator[None]:
     """Look for garbage seldom: a plan makes graphs of millions of objects that live on."""
     before = gc.get_threshold()
-    gc.set_threshold(200_000, 50, 50)
+    gc.set_threshold(1_000_000, 50, 50)
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def compare(
         new_tokens: Of that context, what is generated; the rest is the prompt.
         max_chips: Try every slice of every target up to so many chips.
         prices: Overrides the prices that Trivium carries; see `trivium.compiler.prices`.
-        quality: Evaluates recipes, once each.
+        quality: Evaluates recipes as backends have them placed.
         measure: Build and time what really runs on its target here.
         measured: A file of timings taken elsewhere; see `measurements`.
         calibration: Representative inputs: an ``.npz`` file, or feeds.
@@ -167,15 +167,13 @@ def compare(
         progress("reading the model")
         decoder = decoder_candidates.Decoder.read(path)
         for chosen in read.values():
-            judged = quality(chosen) if quality is not None else None
             made_of = decoder.candidates(chosen, pairs, loads, progress)
-            candidates += [replace(one, quality=judged) for one in made_of]
+            candidates += [_judged(one, chosen, quality) for one in made_of]
         return Comparison(path.name, loads[0], tuple(sorted(candidates, key=_order)))
     for batch in batches or (None,):
         progress("reading the model")
         source = _Source.read(path, shape, calibration, seed, batch)
         for chosen in read.values():
-            judged = quality(chosen) if quality is not None else None
             for optimized in _optimized(source, chosen, pairs, progress):
                 for target, name in optimized.pairs:
                     progress(f"predicting: {target.name} with {name}")
@@ -183,13 +181,20 @@ def compare(
                     if elsewhere is not None:
                         known = elsewhere.of(made, sha256, source.workload)
                         made = replace(made, measured=known)
-                    candidates.append(replace(made, batch=batch or 1, quality=judged))
+                    made = replace(made, batch=batch or 1)
+                    candidates.append(_judged(made, chosen, quality))
     if measure:
         timed = _Measurement(
             path, shape, calibration, seed, options or {}, progress, read, bool(batches)
         )
         candidates = [timed.of(candidate) for candidate in candidates]
     return Comparison(path.name, source.workload, tuple(sorted(candidates, key=_order)))
+
+
+def _judged(candidate: Candidate, chosen: Recipe, quality: Quality | None) -> Candidate:
+    if quality is None or not candidate.feasible:
+        return candidate
+    return replace(candidate, quality=quality(chosen, candidate.backend))
 
 
 def _targets(
@@ -256,12 +261,28 @@ class _Optimized:
 
     def legalize(self, backend: Backend, target: Target) -> prepare.Prepared:
         """Legalize for a target; targets for which a backend runs the same passes share a graph."""
-        key = prepare.passes_key(backend, target)
+
+        def before(passes: prepare.Passes) -> ir.Model:
+            return self._after(backend, passes)
+
+        with kernels.remembering(self.seen):
+            passes = prepare.decided(backend.legalize(target), before)
+        key = prepare.identity(backend, passes)
         if key not in self.legalized:
-            made = prepare.legalize(self.model.clone(), backend, target, self.workload)
+            model = self.model.clone()
+            made = prepare.legalize(model, backend, target, self.workload, passes)
             self.legalized[key] = made.model
             return made
         return prepare.judge(self.legalized[key], backend, target, self.workload)
+
+    def _after(self, backend: Backend, passes: prepare.Passes) -> ir.Model:
+        if not passes:
+            return self.model
+        key = prepare.identity(backend, passes)
+        if key not in self.legalized:
+            self.legalized[key] = self.model.clone()
+            recipe.apply(passes, self.legalized[key])
+        return self.legalized[key]
 
 
 def with_batch(shape: Sequence[str], inputs: Sequence[TensorInfo], batch: int | None) -> list[str]:

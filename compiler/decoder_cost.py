@@ -112,6 +112,8 @@ class Graphs:
         recipes.sketch(recipe, made, context)
         self.model, self.generator = _with_caches(made, name)
         self._legalized: dict[tuple[str, int, int, int], ir.Model] = {}
+        self._steps: dict[tuple[str, int], ir.Model] = {}
+        self._passes: dict[tuple[str, int], prepare.Passes] = {}
         self._seen: kernels.Seen = WeakKeyDictionary()
 
     @cached_property
@@ -127,11 +129,11 @@ class Graphs:
             Unsupported: The target cannot run it; the error lists the nodes.
         """
         workload = Workload(dims=self._dims(batch, new, context))
-        key = (prepare.passes_key(backend, target), batch, new, context)
+        passes = self._decided(backend, target, batch, context)
+        key = (prepare.identity(backend, passes), batch, new, context)
         if key not in self._legalized:
-            model = self.model.clone()
-            shapes.bind(model, workload)
-            prepared = prepare.legalize(model, backend, target, workload)
+            model = self._bound(batch, new, context)
+            prepared = prepare.legalize(model, backend, target, workload, passes)
             self._legalized[key] = prepared.model
         else:
             prepared = prepare.judge(self._legalized[key], backend, target, workload)
@@ -139,6 +141,32 @@ class Graphs:
             raise prepare.refused(prepared, target)
         with kernels.remembering(self._seen):
             return prepare.predict(prepared, target)
+
+    def _bound(self, batch: int, new: int, context: int) -> ir.Model:
+        model = self.model.clone()
+        shapes.bind(model, Workload(dims=self._dims(batch, new, context)))
+        return model
+
+    def _decided(
+        self, backend: Backend, target: Target, batch: int, context: int
+    ) -> prepare.Passes:
+        """What the backend runs: as a compile, it picks a mesh once for all calls, on a step.
+
+        The step is against caches of the length that is asked about first.
+        """
+        key = (prepare.passes_key(backend, target), batch)
+        if key not in self._passes:
+
+            def before(passes: prepare.Passes) -> ir.Model:
+                of = (prepare.identity(backend, passes), batch)
+                if of not in self._steps:
+                    self._steps[of] = self._bound(batch, 1, context)
+                    recipes.apply(passes, self._steps[of])
+                return self._steps[of]
+
+            with kernels.remembering(self._seen):
+                self._passes[key] = prepare.decided(backend.legalize(target), before)
+        return self._passes[key]
 
     def _dims(self, batch: int, new: int, context: int) -> dict[str, int]:
         generator = self.generator

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import onnx_ir as ir
@@ -30,6 +31,8 @@ from trivium.compiler.work import (
     value_bytes,
     writes_of,
 )
+
+Made = TypeVar("Made")
 
 Fused = Callable[[ir.Node], bool]
 """Whether an operator melts into the kernel that makes its input."""
@@ -110,18 +113,30 @@ class Breakdown:
     activation_bytes: float
 
 
-Seen = WeakKeyDictionary[ir.Graph, dict[Fused, Breakdown]]
+Seen = WeakKeyDictionary[ir.Graph, dict[Hashable, Any]]
 _seen: ContextVar[Seen | None] = ContextVar("graphs broken down", default=None)
 
 
 @contextmanager
 def remembering(seen: Seen) -> Iterator[None]:
-    """Break down each graph once for each way to fuse; none of ``seen`` may change any more."""
+    """Work out once what is asked of a graph; none of ``seen`` may change any more."""
     token = _seen.set(seen)
     try:
         yield
     finally:
         _seen.reset(token)
+
+
+def remembered(graph: ir.Graph, key: Hashable, make: Callable[[], Made]) -> Made:
+    """What ``make`` says of a graph: from the last time, inside of `remembering`."""
+    seen = _seen.get()
+    if seen is None:
+        return make()
+    known = seen.setdefault(graph, {})
+    if key not in known:
+        known[key] = make()
+    found: Made = known[key]
+    return found
 
 
 def break_down(graph: ir.Graph, fused: Fused) -> Breakdown:
@@ -130,13 +145,11 @@ def break_down(graph: ir.Graph, fused: Fused) -> Breakdown:
     Raises:
         BadInput, Unsupported: As `kernels_of`.
     """
-    seen = _seen.get()
-    known = seen.setdefault(graph, {}) if seen is not None else {}
-    if fused not in known:
-        known[fused] = Breakdown(
-            tuple(kernels_of(graph, fused)), peak_activation_bytes(graph, fused)
-        )
-    return known[fused]
+    return remembered(
+        graph,
+        fused,
+        lambda: Breakdown(tuple(kernels_of(graph, fused)), peak_activation_bytes(graph, fused)),
+    )
 
 
 def root(value: ir.Value) -> ir.Value:

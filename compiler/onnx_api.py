@@ -49,7 +49,7 @@ def light_proto(model: ir.Model) -> Iterator[onnx.ModelProto]:
             del graph.initializers[value.name or ""]
             if value not in known:
                 graph.inputs.append(value)
-        yield ir.to_proto(model)
+        yield ir.serde.serialize_model(model)
     finally:
         # One by one: deleting a slice would leave the values marked as inputs.
         while len(graph.inputs) > given:

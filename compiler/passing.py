@@ -127,6 +127,24 @@ class Pass(ir.passes.InPlacePass):
         raise NotImplementedError
 
 
+@runtime_checkable
+class Deciding(Protocol):
+    """A pass that picks one of several ways by their cost, for a target."""
+
+    def decide(self, model: ir.Model) -> ir.passes.PassBase:
+        """The pass that goes the way which this one would pick for a model; leaves it as it is."""
+        ...
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A pass that does differently for one backend than for another."""
+
+    def placed_for(self) -> str:
+        """What of its backend matters: with the same, it does the same."""
+        ...
+
+
 class NodePass(Pass):
     """A pass that looks at one node at a time, in every graph, until nothing changes."""
 

@@ -14,6 +14,7 @@ from trivium.compiler import model as models
 from trivium.compiler import plugins, recipe, shapes
 from trivium.compiler.errors import BackendFailed, BadInput, Unsupported, blaming
 from trivium.compiler.feeds import read as read_feeds
+from trivium.compiler.passing import Deciding
 from trivium.compiler.recipe import Applied, Context, Recipe
 from trivium.compiler.types import Estimate, Target, TensorInfo, Workload
 
@@ -106,15 +107,47 @@ def run_recipe(model: ir.Model, chosen: Recipe, context: Context) -> list[Applie
     return applied + recipe.run(chosen, model, context)
 
 
-def legalize(model: ir.Model, backend: Backend, target: Target, workload: Workload) -> Prepared:
-    """Bring an optimized model to what a backend takes, in place, and collect its refusals."""
-    applied = recipe.apply(backend.legalize(target), model)
+Passes = Sequence["ir.passes.PassBase"]
+
+
+def legalize(
+    model: ir.Model,
+    backend: Backend,
+    target: Target,
+    workload: Workload,
+    passes: Passes | None = None,
+) -> Prepared:
+    """Bring an optimized model to what a backend takes, in place, and collect its refusals.
+
+    Args:
+        passes: The backend's own, as `decided`; by default as it gives them.
+    """
+    applied = recipe.apply(backend.legalize(target) if passes is None else passes, model)
     return judge(model, backend, target, workload, tuple(applied))
 
 
 def passes_key(backend: Backend, target: Target) -> str:
     """What tells the graphs that a backend makes for targets apart: the passes that it runs."""
-    return f"{backend.name} {[_identity(one) for one in backend.legalize(target)]}"
+    return identity(backend, backend.legalize(target))
+
+
+def identity(backend: Backend, passes: Passes) -> str:
+    """What tells passes of a backend from others of it."""
+    return f"{backend.name} {[_identity(one) for one in passes]}"
+
+
+def decided(passes: Passes, before: Callable[[Passes], ir.Model]) -> Passes:
+    """The passes of a backend with what one of them picks for a target already picked.
+
+    Targets for which the same is picked then share a graph.
+
+    Args:
+        before: The graph after so many of them; it is left as it is.
+    """
+    for index, one in enumerate(passes):
+        if isinstance(one, Deciding):
+            return (*passes[:index], one.decide(before(passes[:index])), *passes[index + 1 :])
+    return passes
 
 
 def _identity(one: ir.passes.PassBase) -> str:
@@ -132,11 +165,11 @@ def judge(
 ) -> Prepared:
     """Collect what a backend refuses of a legalized model."""
     refusals = []
-    for node in model.graph.all_nodes():
-        with blaming(f"backend {backend.name}"):
+    with blaming(f"backend {backend.name}"):
+        for node in model.graph.all_nodes():
             reason = backend.refuses(node, target)
-        if reason is not None:
-            refusals.append(f"{node.name or node.op_type} ({node.op_type}): {reason}")
+            if reason is not None:
+                refusals.append(f"{node.name or node.op_type} ({node.op_type}): {reason}")
     inputs, outputs = models.signature(model)
     return Prepared(
         model, backend, workload, applied, tuple(dict.fromkeys(refusals)), inputs, outputs

@@ -1,4 +1,4 @@
-"""What a recipe does to a model's metric, evaluated once for each recipe, on ONNX Runtime."""
+"""What a recipe does to a model's metric, as each backend has it placed, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.errors import BadInput, TriviumError
 from trivium.compiler.metrics import Evaluation
+from trivium.compiler.passing import Placing
 from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.recipe import Context, Recipe
 
@@ -31,11 +32,12 @@ def judge(
     calibration: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress = silent,
-) -> Callable[[Recipe], Mapping[str, Any]]:
-    """Return a function from a recipe to ``metric``, ``value``, ``drop``, ``samples``.
+) -> Callable[[Recipe, str], Mapping[str, Any]]:
+    """Return a function from a recipe and a backend to metric, value, drop and samples.
 
     The batch stays open. A recipe that cannot be run or evaluated gets the ``reason`` instead of
-    a value. Engines place their operators differently; this is the placement for the CPU.
+    a value. Backends have quantization placed differently: each placement is evaluated once, by
+    ONNX Runtime on the CPU.
 
     Raises:
         BadInput: The source model cannot be evaluated on the data.
@@ -55,24 +57,27 @@ def judge(
     else:
         feeds = [feed for feed, *_ in rows.pick(CALIBRATED_ON, seed).batches(plain.inputs)]
     cpu = target_names.find("cpu")
-    known: dict[str, Mapping[str, Any]] = {}
+    known: dict[tuple[str, ...], Mapping[str, Any]] = {}
 
-    def of(chosen: Recipe) -> Mapping[str, Any]:
+    def of(chosen: Recipe, context: Context) -> Mapping[str, Any]:
         if not chosen.steps:
             return _row(metric, base, base)
-        progress(f"evaluating: {chosen.name}")
+        progress(f"evaluating: {chosen.name} as {context.backend} has it")
         made = before.clone()
         try:
-            recipe.run(chosen, made, Context(cpu, feeds, seed=seed, backend=cpu.backend))
+            recipe.run(chosen, made, context)
             value = evaluate.score(_runner(made), rows, metric, against=against)
         except TriviumError as error:
             return {"metric": metric, "value": None, "drop": None, "reason": str(error)}
         return _row(metric, value, base)
 
-    def once(chosen: Recipe) -> Mapping[str, Any]:
-        key = recipe.lock(chosen, seed=seed, model_sha256="", calibration=None)
+    def once(chosen: Recipe, backend: str) -> Mapping[str, Any]:
+        context = Context(cpu, feeds, seed=seed, backend=backend)
+        lock = recipe.lock(chosen, seed=seed, model_sha256="", calibration=None)
+        made = [recipe.instantiate(step, context) for step in chosen.steps]
+        key = (lock, *(one.placed_for() for one in made if isinstance(one, Placing)))
         if key not in known:
-            known[key] = of(chosen)
+            known[key] = of(chosen, context)
         return known[key]
 
     return once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import onnx_ir.passes.common as common
 from trivium.compiler.model import OPSET
 from trivium.compiler.passing import Pass, decline, option
 from trivium.compiler.types import Preserves
+from trivium.passes.infer_shapes import InferShapes
 
 if TYPE_CHECKING:
     import onnx
@@ -49,7 +51,7 @@ class DecomposeFunctions(Pass):
                 return modified
             common.InlinePass()(model)
             model.opset_imports.pop(_DOMAIN, None)
-            common.ShapeInferencePass()(model)
+            InferShapes().run(model)
             modified = True
         return modified
 
@@ -121,21 +123,42 @@ def function_body(node: ir.Node) -> onnx.FunctionProto | None:
         schema: Any = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
     except onnx.defs.SchemaError:
         return None
+    if not schema.has_function and not schema.has_context_dependent_function:
+        return None
     proto = _with_defaults(node, schema)
+    # Names are the node's own: without them the nodes of all layers ask the same.
+    proto.name = ""
+    for names in (proto.input, proto.output):
+        for index, name in enumerate(names):
+            names[index] = f"{index}" if name else ""
+    types = tuple(_type_proto(value) for value in node.inputs)
+    serialized = _body(proto.SerializeToString(deterministic=True), types)
+    if serialized is None:
+        return None
+    body = onnx.FunctionProto()
+    body.ParseFromString(serialized)
+    return body
+
+
+@lru_cache(maxsize=4096)
+def _body(question: bytes, types: tuple[bytes, ...]) -> bytes | None:
+    """The body of a node whose inputs are of some types, at the opset of normal form."""
+    import onnx
+    import onnx.defs
+
+    node = onnx.NodeProto.FromString(question)
+    schema: Any = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
     if schema.has_function:
         version = _newest(schema.function_opset_versions)
         serialized = schema.get_function_with_opset_version(version)
-    elif schema.has_context_dependent_function:
+    else:
         version = _newest(schema.context_dependent_function_opset_versions)
-        types = [_type_proto(value) for value in node.inputs]
         try:
             serialized = schema.get_context_dependent_function_with_opset_version(
-                version, proto.SerializeToString(), types
+                version, question, list(types)
             )
         except (RuntimeError, onnx.defs.SchemaError):
             return None
-    else:
-        return None
     if not serialized:
         return None
     body = onnx.FunctionProto()
@@ -143,14 +166,14 @@ def function_body(node: ir.Node) -> onnx.FunctionProto | None:
     if not body.node or not _says_the_same_today(body):
         return None
     # Bodies made for one node leave out what the node does not ask for.
-    del body.output[len(node.outputs) :]
+    del body.output[len(node.output) :]
     made = {name for step in body.node for name in step.output}
     if not made.issuperset(body.output):
         return None
     for imported in body.opset_import:
         if imported.domain == "":
             imported.version = OPSET
-    return body
+    return bytes(body.SerializeToString())
 
 
 def _says_the_same_today(body: onnx.FunctionProto) -> bool:
@@ -183,7 +206,7 @@ def _with_defaults(node: ir.Node, schema: onnx.defs.OpSchema) -> onnx.NodeProto:
         default = attribute.default_value
         if name not in node.attributes and default.type != onnx.AttributeProto.UNDEFINED:
             node.attributes[name] = ir.serde.deserialize_attribute(default)
-    return ir.to_proto(node)
+    return ir.serde.serialize_node(node)
 
 
 def _type_proto(value: ir.Value | None) -> bytes:

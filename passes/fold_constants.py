@@ -11,6 +11,8 @@ import onnx_ir as ir
 from trivium.compiler.passing import Pass, option
 from trivium.compiler.types import Preserves
 
+_WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+
 _KEPT = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 """Quantization is part of normal form: folding it would undo it."""
 
@@ -34,6 +36,7 @@ class FoldConstants(Pass):
 
         modified = False
         before = _state(model)
+        branches = any(node.op_type in _WITH_BODIES for node in model.graph)
         # onnxscript goes through the nodes once; what a folded If leaves behind can fold again.
         # What it reports leaves out the shapes that it finds.
         for _ in range(50):
@@ -47,6 +50,8 @@ class FoldConstants(Pass):
             if after == before:
                 break
             modified, before = True, after
+            if not branches:
+                break
         return modified
 
 

@@ -33,28 +33,39 @@ class InferShapes(Pass):
             guilty = next(iter(model.graph), None)
             return decline(guilty, one_line(error)) if guilty is not None else False
         modified = False
-        found = ir.from_proto(inferred)
-        for graph, twin in zip(model.graphs(), found.graphs(), strict=True):
-            theirs = ir.convenience.create_value_mapping(twin, include_subgraphs=False)
-            for name, value in ir.convenience.create_value_mapping(
-                graph, include_subgraphs=False
-            ).items():
-                if name in theirs:
-                    modified |= _merge(value, theirs[name])
+        if any(node.op_type in _WITH_BODIES for node in model.graph):
+            found = ir.from_proto(inferred)
+            for graph, twin in zip(model.graphs(), found.graphs(), strict=True):
+                theirs = ir.convenience.create_value_mapping(twin, include_subgraphs=False)
+                mine = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+                for name in mine.keys() & theirs.keys():
+                    modified |= _merge(mine[name], theirs[name].type, theirs[name].shape)
+            return modified
+        # One graph: what was found is read without making its nodes anew.
+        mine = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+        for info in (*inferred.graph.value_info, *inferred.graph.output):
+            value = mine.get(info.name)
+            if value is not None and info.HasField("type"):
+                type_ = ir.serde.deserialize_type_proto_for_type(info.type)
+                shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+                modified |= _merge(value, type_, shape)
         return modified
 
 
-def _merge(value: ir.Value, found: ir.Value) -> bool:
+_WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+
+
+def _merge(value: ir.Value, type_: ir.TypeProtocol | None, shape: ir.Shape | None) -> bool:
     modified = False
-    if value.type is None and found.type is not None:
-        value.type = found.type
+    if value.type is None and type_ is not None:
+        value.type = type_
         modified = True
-    if found.shape is None:
+    if shape is None:
         return modified
-    if value.shape is None or len(value.shape) != len(found.shape):
-        value.shape = ir.Shape(found.shape)
+    if value.shape is None or len(value.shape) != len(shape):
+        value.shape = ir.Shape(shape)
         return True
-    dims = [_better(old, new) for old, new in zip(value.shape, found.shape, strict=True)]
+    dims = [_better(old, new) for old, new in zip(value.shape, shape, strict=True)]
     if dims != list(value.shape):
         value.shape = ir.Shape(dims)
         return True

@@ -157,11 +157,14 @@ class QuantizeStatic(Pass):
             way = least_error(model, feeds, [partial(quantized, index) for index in range(WAYS)])
         return {root: spans[way] for root, spans in ranges.items()}
 
+    def placed_for(self) -> str:
+        """The engine whose placement is taken."""
+        if self.policy != "auto":
+            return self.policy
+        return self.backend if self.backend in PLACEMENTS else DEFAULT
+
     def _placement(self) -> Placement:
-        name = self.policy
-        if name == "auto":
-            name = self.backend if self.backend in PLACEMENTS else DEFAULT
-        placement = PLACEMENTS[name]
+        placement = PLACEMENTS[self.placed_for()]
         if self.activation in linear.FLOATS:
             # No engine takes biases but in float beside products of floats.
             return replace(placement, symmetric=True, integer_bias=False)

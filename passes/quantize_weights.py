@@ -114,6 +114,10 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         self._choices()
 
+    def placed_for(self) -> str:
+        """Which codes the engine needs, where that is left to it."""
+        return "positive" if self.backend in _POSITIVE else "any"
+
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude, self._choices())
         order = {node: index for index, node in enumerate(model.graph)}

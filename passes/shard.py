@@ -75,6 +75,13 @@ class Shard(Pass):
         mesh = planner.choose(model, self.target, self.backend, annotate)
         return mesh is not None and annotate(model, mesh)
 
+    def decide(self, model: ir.Model) -> Shard:
+        """The pass with the mesh that it would pick; the same one for targets that pick alike."""
+        if self.mesh != AUTO:
+            return self
+        mesh = planner.choose(model, self.target, self.backend, annotate)
+        return Shard(mesh="" if mesh is None else str(mesh))
+
 
 def annotate(model: ir.Model, mesh: Mesh) -> bool:
     """Decide how a model is spread over a mesh and write it down; return whether that is new.

@@ -4,6 +4,7 @@ versions and types, so that every refusal is known, with its reason, before anyt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -87,13 +88,29 @@ def _has_body(schema: onnx.defs.OpSchema) -> bool:
 def _probe(node: ir.Node) -> str | None:
     """Ask the engine itself, with a model of this one node: its body may need what it lacks."""
     import onnx_ir as ir
+
+    try:
+        proto = ir.serde.serialize_model(one_node_model(node))
+    except Exception as error:  # onnx_ir's own error wraps whatever it meets
+        return one_line(error)
+    question = proto.SerializeToString(deterministic=True)
+    key = hashlib.sha256(question).digest()
+    if key not in _answers:
+        _answers[key] = _ask(question)
+    return _answers[key]
+
+
+_answers: dict[bytes, str | None] = {}
+"""By the digest of the model of one node: its constants are not worth keeping."""
+
+
+def _ask(question: bytes) -> str | None:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        proto = ir.to_proto(one_node_model(node))
-        ort.InferenceSession(proto.SerializeToString(), options)
+        ort.InferenceSession(question, options)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         return one_line(error)
     return None

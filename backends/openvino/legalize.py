@@ -51,11 +51,11 @@ def refusal(node: ir.Node) -> str | None:
         if isinstance(attr, ir.Attr)
     ):
         return None  # Bodies read what is around them; only the whole can be asked about.
-    question = ir.to_proto(one_node_model(node, largest=_LARGEST)).SerializeToString()
+    question = ir.serde.serialize_model(one_node_model(node, largest=_LARGEST)).SerializeToString()
     if question not in _answers:
         _answers[question] = _ask(question)
         if _answers[question] is not None and any(_is_large(value) for value in node.inputs):
-            whole = ir.to_proto(one_node_model(node)).SerializeToString()
+            whole = ir.serde.serialize_model(one_node_model(node)).SerializeToString()
             _answers[question] = _ask(whole)
     problem = _answers[question]
     return f"{engine.name()}: {problem}" if problem else None

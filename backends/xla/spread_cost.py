@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trivium.backends.xla import sharding
-from trivium.compiler import links
+from trivium.compiler import kernels, links
 from trivium.compiler.calibration import interval
 from trivium.compiler.cost import Profile, energy, price, roofline
 from trivium.compiler.errors import BadInput, Unsupported
@@ -64,6 +64,32 @@ def _stage(
     model: ir.Model, target: Target, workload: Workload, profile: Profile, index: int, count: int
 ) -> _Stage:
     devices = links.devices_of(target)
+    key = ("share", sharding.name_of(model, devices), devices, index, count)
+    share = kernels.remembered(model.graph, key, lambda: _share(model, devices, index, count))
+    if isinstance(share, str):
+        return _Stage(Estimate(None, notes=(share,)), ())
+    traffic = _traffic(share, target)
+    if traffic is None:
+        note = f"no published figures of the links of {target.name}"
+        return _Stage(Estimate(None, notes=(note,)), ())
+    estimate = roofline(share.model, links.per_device(target), workload, profile)
+    return _Stage(with_donated_caches(estimate, share.model), traffic)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A stage as one of its devices sees it, whatever the target.
+
+    Attributes:
+        travel: What goes over the links: its kind, bytes, and among how many devices.
+    """
+
+    model: ir.Model
+    travel: tuple[tuple[links.Kind, float, int], ...]
+
+
+def _share(model: ir.Model, devices: int, index: int, count: int) -> _Share | str:
+    """The share of a device, or why there is none."""
     own = stages.Stage(model, (), ())
     if count > 1:
         own = stages.extract(model, index, sharding.name_of(model, devices))
@@ -71,14 +97,13 @@ def _stage(
     assert layout is not None
     try:
         share = local(own.model, layout.mesh, layout.specs)
-        traffic = _traffic(own, share, layout, target)
+        asked = collectives(own.model.graph, layout.mesh, layout.specs)
+        travel: list[tuple[links.Kind, float, int]] = [(c.kind, c.size, c.devices) for c in asked]
     except (BadInput, Unsupported) as error:
-        return _Stage(Estimate(None, notes=(f"not predicted: {error}",)), ())
-    if traffic is None:
-        note = f"no published figures of the links of {target.name}"
-        return _Stage(Estimate(None, notes=(note,)), ())
-    estimate = roofline(share, links.per_device(target), workload, profile)
-    return _Stage(with_donated_caches(estimate, share), traffic)
+        return f"not predicted: {error}"
+    sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
+    travel += [("send", value_bytes(value), 2) for value in sent.values()]
+    return _Share(share, tuple(travel))
 
 
 def with_donated_caches(estimate: Estimate, model: ir.Model) -> Estimate:
@@ -103,16 +128,10 @@ def with_donated_caches(estimate: Estimate, model: ir.Model) -> Estimate:
     return replace(estimate, bytes_peak=peak, intervals=intervals)
 
 
-def _traffic(
-    own: stages.Stage, share: ir.Model, layout: sharding.Layout, target: Target
-) -> tuple[OpCost, ...] | None:
+def _traffic(share: _Share, target: Target) -> tuple[OpCost, ...] | None:
     """The collectives of a stage and what it sends to later ones, by kind."""
     sums: dict[str, tuple[float, float]] = {}
-    asked = collectives(own.model.graph, layout.mesh, layout.specs)
-    travel: list[tuple[links.Kind, float, int]] = [(c.kind, c.size, c.devices) for c in asked]
-    sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
-    travel += [("send", value_bytes(value), 2) for value in sent.values()]
-    for kind, size, devices in travel:
+    for kind, size, devices in share.travel:
         seconds = _seconds(kind, size, devices, target)
         if seconds is None:
             return None

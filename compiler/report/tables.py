@@ -204,10 +204,12 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
             out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
     if not isinstance(result, Plan):
         for row in feasible:
+            # A plan's verdict says it; here a row of dashes would stand without a reason.
             if row["latency_s"] is None and row["notes"]:
-                line = f"{row['target']} with {row['backend']}: not predicted: {row['notes'][0]}"
-                out.print(Text(line, style="dim"))
-    else:
+                first = ("no published", "not predicted", "no prediction")
+                why = [note for note in row["notes"] if note.startswith(first)] or row["notes"]
+                out.print(Text(f"{row['target']} with {row['backend']}: {why[0]}", style="dim"))
+    if isinstance(result, Plan):
         out.print()
         for row in feasible[:most]:
             where = f"{row['target']}/{row['backend']}/{row['recipe']}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from trivium.compiler import links, plugins, shapes
+from trivium.compiler import kernels, links, plugins, shapes
 from trivium.compiler.errors import BadInput
 from trivium.compiler.model import signature
 from trivium.compiler.passing import decline, declining
@@ -128,13 +128,36 @@ def _price(
     known = model.device_configurations
     before = {node: node.device_configurations for node in model.graph}
     try:
-        with declining():  # what this mesh leaves whole is of interest only if it is chosen
-            annotate(model, mesh)
+        # The same for all targets with so many devices.
+        found = kernels.remembered(
+            model.graph, ("annotated", str(mesh)), lambda: _annotated(model, mesh, annotate)
+        )
+        if isinstance(found, BadInput):
+            raise found
+        model.device_configurations, of = found
+        for node, configurations in of.items():
+            node.device_configurations = configurations
         return backend.estimate(model, target, Workload())
     finally:
         for node, configurations in before.items():
             node.device_configurations = configurations
         model.device_configurations = known
+
+
+_Configurations = tuple[ir.NodeDeviceConfiguration, ...]
+
+
+def _annotated(
+    model: ir.Model, mesh: Mesh, annotate: Callable[[ir.Model, Mesh], bool]
+) -> tuple[tuple[ir.ModelConfiguration, ...], dict[ir.Node, _Configurations]] | BadInput:
+    """The annotation of a mesh, or why there is none."""
+    try:
+        with declining():  # what this mesh leaves whole is of interest only if it is chosen
+            annotate(model, mesh)
+    except BadInput as error:
+        return error
+    of = {node: tuple(node.device_configurations) for node in model.graph}
+    return model.device_configurations, of
 
 
 def _best(tried: list[Priced], target: Target) -> Mesh | None:

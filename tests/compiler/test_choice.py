@@ -210,6 +210,22 @@ def test_a_limit_on_the_drop_excludes_recipes(tmp_path: Path) -> None:
     }
 
 
+def test_the_drop_is_that_of_the_backends_own_placement(tmp_path: Path) -> None:
+    *_, images, labels = digits.split()
+    np.savez(tmp_path / "test.npz", image=images, y=labels)
+    evaluated: list[str] = []
+    judged = quality.judge(digits.cnn(), tmp_path / "test.npz", progress=evaluated.append)
+    made = plan(
+        digits.cnn(), targets=["cpu", "nvidia-t4"], recipes=["int8"], shape=SHAPE, quality=judged
+    )
+    engines = {c.backend for c in made.candidates if c.quality is not None}
+    assert {"onnxruntime", "tensorrt", "openvino"} <= engines
+    # OpenVINO takes what ONNX Runtime does: one evaluation serves both.
+    again = [line for line in evaluated if line.startswith("evaluating: int8")]
+    assert len(again) == len(set(again)) < len(engines)
+    assert any("tensorrt" in line for line in again)
+
+
 def test_a_limit_on_the_drop_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(digits.mlp()), "--max-drop", "1%"]) == 2
     assert "--data" in capsys.readouterr().err

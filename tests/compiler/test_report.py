@@ -73,12 +73,11 @@ def test_the_terminal_shows_every_candidate_and_why_others_are_refused(result: C
     assert "80% interval" in text
 
 
-def test_a_figure_that_is_unknown_has_its_reason_on_the_terminal(result: Comparison) -> None:
-    unknown = [row for row in result.rows if row["feasible"] and row["latency_s"] is None]
-    assert unknown
-    text = printed(result, 200)
-    for row in unknown:
-        assert f"{row['target']} with {row['backend']}: not predicted: {row['notes'][0]}" in text
+def test_the_terminal_says_why_a_latency_is_unknown(shared_data: Callable[[str], Path]) -> None:
+    path = shared_data("models/mlperf_ic_resnet8_fp32.onnx")
+    made = compare(path, ["nvidia-jetson-agx-orin-64"], shape=["N=1"])
+    assert made.rows[0]["latency_s"] is None
+    assert "no published memory bandwidth of nvidia-jetson-agx-orin-64" in printed(made, 200)
 
 
 def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(result: Comparison) -> None:
@@ -279,6 +278,43 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_generator_is_drawn_by_its_context(
+    page: Any, shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = compare(
+        shared_data("llm-shakespeare"),
+        ["nvidia-h100-sxm", "nvidia-t4", "tpu-v5e", "amd-zcu104"],
+        context=128,
+        new_tokens=64,
+    )
+    file = tmp_path_factory.mktemp("generator") / "generator.html"
+    file.write_text(report.to_html(made), encoding="utf-8")
+    here = page.current_url
+    page.get(file.as_uri())
+    click(page, "[data-tab=context]")
+    assert find(page, "[data-tab=context]")[0].get_attribute("aria-selected") == "true"
+    known = [row for row in made.rows if row["feasible"] and row["serving"]]
+    assert len(known) == 3
+    points = find(page, "#chart svg circle")
+    assert len(points) == sum(len(row["serving"]["by_context"]) for row in known)
+    assert len(find(page, "#chart svg path.stroke")) == len(known)
+    caption = page.find_element("id", "caption").text
+    assert "tokens a second by the length" in caption
+    hovered = page.execute_script(
+        "const at = document.querySelector('#chart svg circle');"
+        "at.dispatchEvent(new PointerEvent('pointermove', {bubbles: true}));"
+        "return document.body.innerText"
+    )
+    assert "a step, caches" in hovered
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.get_log("browser") == []
+    page.get(here)
+
+
+@pytest.mark.slow
 def test_an_explanation_draws_its_layers_path_and_mixes(
     page: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -326,4 +362,6 @@ def test_nothing_was_logged_injected_or_requested(page: Any) -> None:
     assert all(url.startswith(("file:", "data:")) for url in requested)
     # The pages themselves, and nothing besides.
     opened = {url for url in requested if url.startswith("file:")}
-    assert all(url.endswith(("/report.html", "/explained.html")) for url in opened)
+    assert all(
+        url.endswith(("/report.html", "/explained.html", "/generator.html")) for url in opened
+    )
