@@ -170,7 +170,6 @@ def _inserted(value: ir.Value) -> Site | None:
     maker = value.producer()
     if value.dtype != ir.DataType.FLOAT or maker is None or not is_op(maker, *_FLOAT):
         return None
-    # Multiplied once: a second factor would go into the first.
     if value.graph is None or maker.graph is not value.graph:
         return None
     readers = []

@@ -16,7 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SHARES, _FINER = tuple(np.linspace(0.0, 1.0, 11)), (-0.05, 0.05)
+SHARES, _FINER = tuple(tenth / 10 for tenth in range(11)), (-0.05, 0.05)
 """The shares that are tried, and what is tried around the best of them."""
 
 _CODES, _WEIGHT_CODES = 255, 127
@@ -71,11 +71,12 @@ class Expected:
         inputs = self.inputs
         scale = np.broadcast_to(np.asarray(scale, np.float64), inputs.low.shape)
         low, high = (inputs.low / scale).min(), (inputs.high / scale).max()
-        step = (max(high, 0.0) - min(low, 0.0)) / _CODES
+        step = float(max(high, 0.0) - min(low, 0.0)) / _CODES
         power = float((inputs.power / np.square(scale)).sum())
         steps = (self._some * scale.astype(np.float32)).max(axis=1) / _WEIGHT_CODES
         spread = float(np.square(steps, dtype=np.float64).mean()) * self._count
-        return (step**2 * float(np.square(scale) @ self._norms) + power * spread) / 12
+        seen = float(np.square(scale) @ self._norms)
+        return float(step**2 * seen + power * spread) / 12
 
     def factor(self, share: float) -> Array:
         return factor(self.inputs.largest, self.largest, share)
