@@ -61,7 +61,8 @@ class SmoothQuant(Pass):
 
     def run(self, model: ir.Model) -> bool:
         layers.note_unmatched(model, self.exclude)
-        found = scaling.sites(model.graph, insert=self.insert)
+        kinds = scaling.PRODUCTS if self.convolutions else ("Gemm", "MatMul")
+        found = scaling.sites(model.graph, insert=self.insert, products=kinds)
         sites = {site.value: site for site in found if self._wanted(site)}
         if not sites:
             return False

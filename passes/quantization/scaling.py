@@ -145,22 +145,24 @@ class Site:
             reader.node.replace_input_with(0, result)
 
 
-def sites(graph: ir.Graph, *, insert: bool = False) -> Iterator[Site]:
+def sites(
+    graph: ir.Graph, *, insert: bool = False, products: tuple[str, ...] = PRODUCTS
+) -> Iterator[Site]:
     """Every activation of a graph that can be scaled, in order.
 
     Args:
         graph: The main graph.
         insert: Whether to give those too that cannot be scaled for nothing.
+        products: Operators whose inputs are asked for.
     """
     seen = set[ir.Value]()
     for node in graph:
-        value = node.inputs[0] if is_op(node, *PRODUCTS) else None
+        value = node.inputs[0] if is_op(node, *products) else None
         if value is None or value in seen:
             continue
         seen.add(value)
-        site = _site(value)
-        if site is None and insert:
-            site = _inserted(value)
+        inserted = _inserted(value) if insert else None
+        site = _site(value, quiet=inserted is not None) or inserted
         if site is not None:
             yield site
 
@@ -183,7 +185,7 @@ def _inserted(value: ir.Value) -> Site | None:
     return Site(value, tuple(readers), (), counts.pop() or 0)
 
 
-def _site(value: ir.Value) -> Site | None:
+def _site(value: ir.Value, *, quiet: bool) -> Site | None:
     if value.is_graph_output() or value.producer() is None or value.dtype != ir.DataType.FLOAT:
         return None
     readers = []
@@ -198,7 +200,8 @@ def _site(value: ir.Value) -> Site | None:
         return None
     sources = _sources(value, last)
     if not sources:
-        decline(value, "what makes it cannot take a factor for each channel")
+        if not quiet:
+            decline(value, "what makes it cannot take a factor for each channel")
         return None
     counts = {_count(reader) for reader in readers}
     if len(counts) != 1 or None in counts:
