@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Span = tuple[float, float]
 
-SAMPLES, BATCH = 16, 2
+SAMPLES, BATCH = 32, 2
 """How many the outputs are compared on, and how many run at a time."""
 
 

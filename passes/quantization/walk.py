@@ -168,8 +168,7 @@ class Walk:
             returned = {v for n in segment.nodes for v in n.outputs if v in observed}
             returned |= set(segment.outputs)
             largest = max(largest, sum(map(self.size, returned)))
-        # As many batches are in memory at a time as there are workers.
-        return min(BATCH, max(1, self.budget // self._workers // largest))
+        return min(BATCH, max(1, self.budget // largest))
 
     # --- running ---------------------------------------------------------------------------------
 
