@@ -1,11 +1,12 @@
 """Quantization against the quantizers of others, each run a whole process that reads a model,
 calibrates, quantizes and writes it: quality on labelled or real samples, wall time, peak memory.
-Samples that calibrate are never those that are scored.
+Samples that calibrate are never those that are scored. A copy that scores above its float32 source
+is lucky: it is shown, and ours need not be as lucky; how far the outputs are from those in float32
+(the row of divergence) then says which copy is the better one.
 
 ONNX Runtime's quantizers run in this environment. NNCF, ModelOpt and Neural Compressor 2 (version 3
 has no ONNX road) run in the interpreters that TRIVIUM_PEERS_PYTHON names, joined by colons; rows of
-peers that are not there are left out with a word on standard error. A peer's copy that scores above
-its float32 source is shown, and counts for no bar: that is luck. ModelOpt places Q/DQ for
+peers that are not there are left out with a word on standard error. ModelOpt places Q/DQ for
 TensorRT, with float sums, whatever runs it. `pieces` says how to measure in parts.
 
 Not here: MobileNetV2, of which the test data has only a quantized copy and no labelled images.

@@ -12,12 +12,20 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.errors import BadInput
-from trivium.compiler.passing import Pass, decline, from_context, is_op, option, sketching
+from trivium.compiler.passing import (
+    Pass,
+    decline,
+    from_context,
+    is_constant,
+    is_op,
+    option,
+    sketching,
+)
 from trivium.compiler.types import Preserves
 from trivium.passes.quantization import layers, linear
 from trivium.passes.quantization.calibration import Calibrated, calibrate
 from trivium.passes.quantization.choosing import least_error
-from trivium.passes.quantization.insertion import Inserter
+from trivium.passes.quantization.insertion import Inserter, bias_use
 from trivium.passes.quantization.observers import (
     OBSERVERS,
     WAYS,
@@ -237,7 +245,9 @@ class QuantizeStatic(Pass):
         found = {}
         for node, position in made.weights if self.bias_correction else ():
             value = node.inputs[0]
-            if is_op(node, "Conv", "Gemm") and position == 1 and value is not None:
+            if position != 1 or value is None or is_constant(value):
+                continue
+            if is_op(node, "Conv", "Gemm") or bias_use(node) is not None:
                 found[node] = value
         return found
 

@@ -97,7 +97,8 @@ def nearest(matrix: Array, form: Form) -> Blocks:
 def signed(matrix: Array, form: Form) -> Blocks:
     """Round to the nearest of all codes, by scales that may be negative (`linear.fit_signed`).
 
-    Asymmetric blocks use all codes anyway.
+    The scales are then those that have the least squared error for these codes. Asymmetric blocks
+    use all codes anyway.
     """
     if not form.symmetric:
         return nearest(matrix, form)
@@ -108,6 +109,13 @@ def signed(matrix: Array, form: Form) -> Blocks:
         low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
         scale = linear.fit_signed(low, high, form.codes)
         _fill(made, part, rows, blocks, scale, np.zeros(scale.shape, np.int64), form.codes)
+        # What follows overwrites its arguments: they are as large as the stripe.
+        ratio = part / np.repeat(scale, form.block_size, axis=0)[: len(part)]
+        codes = made.codes[rows].astype(np.float32)
+        ratio *= codes
+        np.square(codes, out=codes)
+        sums = (np.add.reduceat(array, edges) for array in (ratio, codes))
+        made.scales[blocks] = linear.refitted(scale, *sums)
     return made
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from trivium.compiler.passing import declining
 from trivium.compiler.reference import run_model
-from trivium.passes.quantization.walk import batches, free_batch
+from trivium.passes.quantization.walk import batches, free_batch, trim
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Span = tuple[float, float]
 
-SAMPLES = 32
-"""How many the outputs are compared on."""
+SAMPLES, BATCH = 32, 2
+"""How many the outputs are compared on, and how many run at a time."""
 
 
 def least_error(
@@ -36,18 +36,24 @@ def least_error(
         ways: Each changes a copy of the model in place.
     """
     free = free_batch(model)
-    size = 8 if free else 1
+    size = BATCH if free else 1
     some = [batch for batch, _ in islice(batches(feeds, free, size), SAMPLES // size)]
     if not some:
         return 0
-    wanted = run_model(model, some).outputs
+    wanted = _outputs(model, some)
     errors = []
     for change in ways:
         copy = model.clone()
         with declining():
             change(copy)
-        errors.append(_error(wanted, run_model(copy, some).outputs))
+        errors.append(_error(wanted, _outputs(copy, some)))
     return int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
+
+
+def _outputs(model: ir.Model, feeds: list[Tensors]) -> tuple[Mapping[str, Any], ...]:
+    found = run_model(model, feeds, frugal=True).outputs
+    trim()
+    return found
 
 
 def _error(wanted: Iterable[Mapping[str, Any]], found: Iterable[Mapping[str, Any]]) -> float:

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, decline, graph_of, initializer, unread, weight
+from trivium.compiler.passing import (
+    attribute,
+    decline,
+    graph_of,
+    initializer,
+    is_constant,
+    read_once,
+    unread,
+    weight,
+)
 from trivium.passes.quantization import linear
 from trivium.passes.quantization.linear import Grid
 from trivium.passes.quantization.placement import weight_axis
@@ -174,11 +183,13 @@ class Inserter:
             shift = off @ mean if attribute(node, "transB", 0) else mean @ off
         if bias is not None:
             return np.asarray(bias - shift)
-        stored = node.inputs[2] if len(node.inputs) > 2 else None
+        use = bias_use(node)
+        stored = _input(use) if use is not None else None
         if stored is None or (array := weight(stored)) is None or array.shape != shift.shape:
             return None
         made = initializer(self.graph, array - shift, f"{stored.name}_corrected")
-        node.replace_input_with(2, made)
+        assert use is not None
+        use[0].replace_input_with(use[1], made)
         if unread(stored) and stored.is_initializer():
             self.graph.initializers.pop(stored.name or "")
         return None
@@ -258,6 +269,18 @@ class Inserter:
             name, index = f"{wanted}_{index}", index + 1
         self._taken.add(name)
         return name
+
+
+def bias_use(node: ir.Node) -> Use | None:
+    """The input that holds the bias of a product: its own, or that of the sum behind a MatMul."""
+    if node.op_type != "MatMul":
+        return (node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    if not read_once(node.outputs[0]):
+        return None
+    reader, index = next(iter(node.outputs[0].uses()))
+    if reader.op_type != "Add" or reader.domain or not is_constant(reader.inputs[1 - index]):
+        return None
+    return reader, 1 - index
 
 
 def _input(use: Use) -> ir.Value:

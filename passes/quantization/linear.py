@@ -134,6 +134,21 @@ def fit_signed(low: Array, high: Array, to: Grid) -> Array:
     return np.where(small, 1.0 / (to.high - to.low), scale).astype(np.float32)
 
 
+def refitted(scale: Array, products: Array, squares: Array) -> Array:
+    """The scales with the least squared error for codes that were rounded with others.
+
+    Args:
+        scale: What the codes were rounded with.
+        products: Sum over each block of the codes by the values in units of ``scale``.
+        squares: Sum over each block of the squared codes.
+
+    Returns:
+        Scales (float32); those given where all codes are 0.
+    """
+    share = np.where(squares > 0, products / np.maximum(squares, 1), 1.0)
+    return (scale * share).astype(np.float32)
+
+
 def quantize(values: Array, scale: Array, zero: Array | int, to: Grid) -> Array:
     """Return the codes of ``values`` as QuantizeLinear computes them; arguments broadcast."""
     # An array even for a scalar, which numpy would not write back into.

@@ -13,6 +13,7 @@ import numpy as np
 
 from trivium.compiler.passing import entering
 from trivium.passes.quantization import thresholds
+from trivium.passes.quantization.sharing import Inputs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -252,19 +253,30 @@ class Channels(Stored):
         raise NotImplementedError("this learns of channels, not of a range")
 
 
-class ChannelMagnitudes(Channels):
-    """The largest magnitude of each channel."""
+class ChannelRanges(Channels):
+    """The least and largest value of each channel, and its mean square."""
 
-    kept: ClassVar[tuple[str, ...]] = ("seen", "largest")
+    kept: ClassVar[tuple[str, ...]] = ("seen", "low", "high", "total", "rows")
 
     def __init__(self, axis: int) -> None:
         super().__init__(axis)
-        self.largest: Array = np.zeros(0, np.float32)
+        self.low: Array = np.zeros(0, np.float32)
+        self.high: Array = np.zeros(0, np.float32)
+        self.total: Array = np.zeros(1)
+        self.rows = 0
 
     def update(self, values: Array) -> None:
-        found = np.abs(self._flat(values)).max(axis=0)
-        self.largest = np.maximum(self.largest, found) if self.seen else found
+        flat = self._flat(values)
+        low, high = flat.min(axis=0), flat.max(axis=0)
+        self.low = np.minimum(self.low, low) if self.seen else low
+        self.high = np.maximum(self.high, high) if self.seen else high
+        self.total = self.total + np.einsum("ij,ij->j", flat, flat)
+        self.rows += len(flat)
         self.seen += values.size
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.low, self.high, np.asarray(self.total / max(self.rows, 1)))
 
 
 class ChannelMeans(Channels):

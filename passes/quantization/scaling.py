@@ -33,6 +33,9 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 _HOMOGENEOUS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "LeakyRelu",
                 "MaxPool", "Relu")  # fmt: skip
 """Operators for which f(a x) = a f(x), for a > 0, channel by channel."""
+_FLOAT = ("Attention", "Gelu", "Mul", "Swish", *_NORMS)
+"""Operators whose output no engine gives as integers, so that a factor behind them interrupts no
+chain of integers."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Stored:
         others = tuple(i for i in range(array.ndim) if i != self.axis % array.ndim)
         return np.asarray(array.max(axis=others))
 
+    def matrix(self) -> Array:
+        """[K, N] of a product of matrices."""
+        tensor = self.value.const_value
+        assert tensor is not None
+        array = np.asarray(tensor.numpy(), np.float32)
+        return array.T if self.axis % array.ndim else array
+
     def multiply(self, graph: ir.Graph, factor: Array) -> None:
         """Let the node read a constant with each channel multiplied by its factor."""
         old = self.value
@@ -97,7 +107,8 @@ class Site:
     Attributes:
         value: The activation.
         readers: The weights of the products that read it.
-        sources: What makes it, to be divided.
+        sources: What makes it, to be divided; none where only a multiplication can divide it, for
+            those readers alone.
     """
 
     value: ir.Value
@@ -113,26 +124,68 @@ class Site:
     def scale(self, graph: ir.Graph, factor: Array) -> None:
         """Divide the activation by a factor for each channel, and multiply what reads it."""
         wide = factor.astype(np.float32)
+        if not self.sources:
+            self.insert(graph, 1 / wide)
         for source in self.sources:
             source.multiply(graph, 1 / wide)
         for reader in self.readers:
             reader.multiply(graph, wide)
 
+    def insert(self, graph: ir.Graph, factor: Array) -> None:
+        """Let the products read the activation multiplied by a factor for each channel."""
+        name = f"{self.value.name}_smooth"
+        stored = initializer(graph, factor, f"{name}_factor")
+        node = ir.node("Mul", [self.value, stored], name=name)
+        result = node.outputs[0]
+        result.name, result.shape, result.type = name, self.value.shape, self.value.type
+        maker = self.value.producer()
+        assert maker is not None
+        graph.insert_after(maker, [node])
+        for reader in self.readers:
+            reader.node.replace_input_with(0, result)
 
-def sites(graph: ir.Graph) -> Iterator[Site]:
-    """Every activation of a graph that can be scaled for nothing, in order."""
+
+def sites(
+    graph: ir.Graph, *, insert: bool = False, products: tuple[str, ...] = PRODUCTS
+) -> Iterator[Site]:
+    """Every activation of a graph that can be scaled, in order.
+
+    Args:
+        graph: The main graph.
+        insert: Whether to give those too that cannot be scaled for nothing.
+        products: Operators whose inputs are asked for.
+    """
     seen = set[ir.Value]()
     for node in graph:
-        value = node.inputs[0] if is_op(node, *PRODUCTS) else None
+        value = node.inputs[0] if is_op(node, *products) else None
         if value is None or value in seen:
             continue
         seen.add(value)
-        site = _site(value)
+        inserted = _inserted(value) if insert else None
+        site = _site(value, quiet=inserted is not None) or inserted
         if site is not None:
             yield site
 
 
-def _site(value: ir.Value) -> Site | None:
+def _inserted(value: ir.Value) -> Site | None:
+    """What only a multiplication can scale, for the products of matrices among its readers."""
+    maker = value.producer()
+    if value.dtype != ir.DataType.FLOAT or maker is None or not is_op(maker, *_FLOAT):
+        return None
+    if value.graph is None or maker.graph is not value.graph:
+        return None
+    readers = []
+    for node, index in value.uses():
+        reader = _reader(node) if index == 0 and node.op_type != "Conv" else None
+        if reader is not None and node.graph is value.graph:
+            readers.append(reader)
+    counts = {_count(reader) for reader in readers}
+    if len(counts) != 1 or None in counts:
+        return None
+    return Site(value, tuple(readers), (), counts.pop() or 0)
+
+
+def _site(value: ir.Value, *, quiet: bool) -> Site | None:
     if value.is_graph_output() or value.producer() is None or value.dtype != ir.DataType.FLOAT:
         return None
     readers = []
@@ -147,7 +200,8 @@ def _site(value: ir.Value) -> Site | None:
         return None
     sources = _sources(value, last)
     if not sources:
-        decline(value, "what makes it cannot take a factor for each channel")
+        if not quiet:
+            decline(value, "what makes it cannot take a factor for each channel")
         return None
     counts = {_count(reader) for reader in readers}
     if len(counts) != 1 or None in counts:
@@ -200,8 +254,12 @@ def _sources(value: ir.Value, last: bool) -> list[Stored] | None:
         return _constants(node, [(1, 1)])
     if node.op_type in _HOMOGENEOUS and not (last and "Pool" in node.op_type):
         return _through(node, 0, last)
+    if node.op_type == "Attention" and last and _keeps_channels(node):
+        return _through(node, 2, last)
     if node.op_type == "Mul":
         for position in (0, 1):
+            if (factor := _per_channel(node, position, last)) is not None:
+                return [factor]
             if (found := _through(node, position, last)) is not None:
                 return found
     if node.op_type == "Add":
@@ -211,6 +269,15 @@ def _sources(value: ir.Value, last: bool) -> list[Stored] | None:
             if found is not None and added is not None:
                 return [*found, added]
     return None
+
+
+def _keeps_channels(node: ir.Node) -> bool:
+    """Whether an Attention gives sums of the rows of its third input, channel by channel."""
+    heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
+    rank = len(dims(node.inputs[2]) or ())
+    cached = any(value is not None for value in node.inputs[4:6])
+    kept = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    return rank == 3 and heads[0] == heads[1] > 0 and not cached and not kept
 
 
 def _through(node: ir.Node, position: int, last: bool) -> list[Stored] | None:

@@ -135,10 +135,12 @@ class BlockedWeight:
         count, length = part.shape
         missing = -length % self._block
         if missing:
-            part = np.pad(part, ((0, 0), (0, missing)), mode="edge")
+            part = np.pad(part, ((0, 0), (0, missing)))
         blocks = part.reshape(count, -1, self._block)
         negative = self._symmetric and self._grid.low == -self._grid.high - 1
-        if self._symmetric and self._grid.signed and not negative:
+        if negative:
+            low = high = _largest(blocks)
+        elif self._symmetric and self._grid.signed:
             high = _reduce(np.maximum, np.abs(blocks))
             low = -high
         else:
@@ -158,10 +160,13 @@ class BlockedWeight:
             # What `linear.quantize` computes: nothing to shift and, unless scales may be
             # negative, the largest value is the last code.
             ratio = np.divide(blocks, scale[:, :, None])
-            np.rint(ratio, out=ratio)
+            rounded = np.rint(ratio)
             if negative:
-                np.minimum(ratio, self._grid.high, out=ratio)
-            codes = ratio.astype(np.int8)
+                np.minimum(rounded, self._grid.high, out=rounded)
+                scale = linear.refitted(
+                    scale, np.vecdot(ratio, rounded), np.vecdot(rounded, rounded)
+                )
+            codes = rounded.astype(np.int8)
         else:
             codes = linear.quantize(blocks, scale[:, :, None], zero[:, :, None], self._grid)
         first = top // self._block
@@ -169,6 +174,19 @@ class BlockedWeight:
         if not self._symmetric:
             self._small["zero_point"][first : first + scale.shape[1], left:right] = zero.T
         return codes.reshape(count, -1)[:, :length]
+
+
+def _largest(blocks: Array) -> Array:
+    """The value of each block with the largest magnitude, of two the negative one.
+
+    One search instead of two: with the sign in the lowest bit, floats are in the order of their
+    magnitudes as integers.
+    """
+    bits = blocks.view(np.uint32)
+    keys = bits << np.uint32(1)
+    keys |= bits >> np.uint32(31)
+    top = _reduce(np.maximum, keys)
+    return ((top >> np.uint32(1)) | (top << np.uint32(31))).view(np.float32)
 
 
 def _reduce(extreme: np.ufunc, blocks: Array) -> Array:

@@ -110,8 +110,8 @@ class Walk:
             folder = Path(self._temporary.name)
         self._folder = folder
         self.segments = self._cut(cuts, weights)
-        self.batch = self._batch_size(set(observed))
         self._workers = max(1, min(4, os.cpu_count() or 1))
+        self.batch = self._batch_size(set(observed))
 
     def __iter__(self) -> Iterator[Segment]:
         return self.walk_from(0)
@@ -204,7 +204,7 @@ class Walk:
                     self._keep(index, value.name or "", found[value])
                 yield [np.asarray(feed[v.name or ""]) if v in given else found[v] for v in wanted]
             del run
-        _trim()
+        trim()
         segment.done = segment.done or keep
 
     def _overlapped(
@@ -306,7 +306,7 @@ class Walk:
                     self._file(batch, value.name or "").unlink(missing_ok=True)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give back what the engine has freed: glibc keeps it, in an arena for each thread."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -26,6 +26,7 @@ from trivium.compiler.errors import BadInput
 from trivium.compiler.passing import constant
 from trivium.passes.adaround import AdaRound, learnt
 from trivium.passes.equalize import Equalize
+from trivium.passes.quantization import linear, sharing
 from trivium.passes.quantize_dynamic import QuantizeDynamic
 from trivium.passes.quantize_static import QuantizeStatic
 from trivium.passes.smooth_quant import SmoothQuant
@@ -64,6 +65,78 @@ def test_smoothing_asks_for_data_and_leaves_what_is_excluded() -> None:
     assert not SmoothQuant(exclude=("v",), calibration=data)(made).modified
     with pytest.raises(BadInput, match="share is 2"):
         recipe.instantiate(recipe.Step("smooth-quant", {"share": 2.0}), recipe.Context())
+
+
+def residual() -> tuple[ir.Model, list[dict[str, Any]]]:
+    """As where a norm comes last in its block: a sum reads it too, and a function lies between."""
+    gains = np.ones(64, np.float32)
+    gains[[3, 40]] = 60.0
+    lift = draw(64, 96)
+    lift[:, [5, 50]] *= 40
+    made = model(
+        """(float[N,64] x, float[64] g, float[64,96] w, float[96,64] v) => (float[N,64] y)
+        { h = RMSNormalization (x, g) u = MatMul (h, w) a = Gelu (u) d = MatMul (a, v)
+          y = Add (h, d) }""",
+        g=gains, w=lift, v=draw(96, 64, seed=1),
+    )  # fmt: skip
+    return made, feeds(32, 64)
+
+
+def test_smoothing_puts_a_multiplication_where_nothing_takes_the_factor() -> None:
+    (plain, data), (smooth, _) = residual(), residual()
+    before = reference.run_model(plain, data)
+    assert not SmoothQuant(calibration=data)(residual()[0]).modified
+    found = SmoothQuant(search=True, insert=True, calibration=data)
+    assert found(smooth).modified
+    assert ops(smooth)["Mul"] == 2
+    assert error(before, reference.run_model(smooth, data)) < 1e-5
+    assert not found(smooth).modified
+    assert static_error(smooth, data, before) < 0.5 * static_error(plain, data, before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 0.8, 1.0])
+def test_no_share_is_expected_to_lose_less_than_the_best(share: float) -> None:
+    rng = np.random.default_rng(3)
+    spread = np.geomspace(0.05, 20, 64)
+    high = (rng.uniform(0.5, 1, 64) * spread).astype(np.float32)
+    weights = [draw(64, 32), draw(64, 48, seed=1)]
+    expected = sharing.Expected(sharing.Inputs(-high, high, np.square(high) / 3), weights)
+    chosen = expected.error(expected.factor(expected.best()))
+    assert chosen <= 1.01 * expected.error(expected.factor(share))
+    assert chosen < expected.error(1.0)
+
+
+def test_the_expected_error_is_the_error_of_the_products() -> None:
+    spread = np.geomspace(0.05, 20, 64, dtype=np.float32)
+    x = np.random.default_rng(0).uniform(-1, 1, (4096, 64)).astype(np.float32) * spread
+    w = draw(64, 32)
+    inputs = sharing.Inputs(x.min(axis=0), x.max(axis=0), np.square(x).mean(axis=0))
+    expected = sharing.Expected(inputs, [w])
+    for scale in (np.ones(64), expected.factor(0.6), expected.factor(1.0)):
+        wide = scale.astype(np.float32)
+        coarse = []
+        for array, axis, symmetric in ((x / wide, None, False), (w * wide[:, None], 1, True)):
+            grid = linear.grid("int8") if symmetric else linear.grid("uint8")
+            step, zero = linear.fit(*linear.extremes(array, axis), grid, symmetric=symmetric)
+            coarse.append(linear.dequantize(linear.quantize(array, step, zero, grid), step, zero))
+        found = float(np.square(coarse[0] @ coarse[1] - x @ w).sum(axis=1).mean())
+        assert found == pytest.approx(expected.error(scale), rel=0.15)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_hands_a_factor_on_only_if_its_channels_stay(heads: int) -> None:
+    spread = np.geomspace(0.1, 10, heads * 8, dtype=np.float32)
+    made = model(
+        f"""(float[N,4,32] x, float[32,{heads * 8}] k, float[32,{heads * 8}] v, float[32,16] o)
+        => (float[N,4,16] y)
+        {{ a = MatMul (x, k) b = MatMul (x, v)
+          c = Attention <q_num_heads = 4, kv_num_heads = {heads}> (x, a, b) y = MatMul (c, o) }}""",
+        k=draw(32, heads * 8), v=draw(32, heads * 8, seed=1) * spread, o=draw(32, 16, seed=2),
+    )  # fmt: skip
+    data = [{"x": draw(1, 4, 32, seed=i)} for i in range(8)]
+    before = reference.run_model(made, data)
+    assert SmoothQuant(calibration=data, share=0.5)(made).modified == (heads == 4)
+    assert error(before, reference.run_model(made, data)) < 1e-5
 
 
 def uneven() -> ir.Model:

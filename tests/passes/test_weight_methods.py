@@ -54,13 +54,14 @@ def test_signed_scales_make_finer_steps(form: Form) -> None:
     matrix = draw(96, 24) ** 3
     made, nearest = blocks.signed(matrix, form), blocks.nearest(matrix, form)
     parts = [matrix[i : i + form.block_size] for i in range(0, 96, form.block_size)]
-    for part, scale in zip(parts, made.scales, strict=True):
+    for part, scale, wide in zip(parts, made.scales, nearest.scales, strict=True):
         extreme = np.take_along_axis(part, np.abs(part).argmax(axis=0)[None], axis=0)[0]
-        np.testing.assert_allclose(scale, extreme / -(2.0 ** (form.bits - 1)), rtol=1e-6)
-    # A value at the other end is off by up to a step: there is no code for it.
-    steps = np.repeat(np.abs(made.scales), form.block_size, axis=0)[:96]
-    assert (np.abs(made.restored() - matrix) <= steps * (1 + 1e-4)).all()
-    assert (np.abs(made.scales) < nearest.scales).all()
+        grid = extreme / np.float32(-(2.0 ** (form.bits - 1)))
+        codes = np.minimum(np.rint(part / grid), form.codes.high)
+        # The scale that loses least for the codes of the grid that reaches the largest value.
+        wanted = (codes * part).sum(axis=0) / np.square(codes).sum(axis=0)
+        np.testing.assert_allclose(scale, wanted, rtol=1e-5)
+        assert (np.abs(grid) < wide).all()
     assert np.linalg.norm(made.restored() - matrix) < np.linalg.norm(nearest.restored() - matrix)
 
 
