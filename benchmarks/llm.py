@@ -237,6 +237,8 @@ def _run(
     one: Contestant, what: str, threads: int, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     child = Path(__file__).with_name("llm_child.py")
+    for file in one.model.rglob("*") if one.model.is_dir() else (one.model,):
+        _warm(file)
     done = subprocess.run(
         [one.interpreter, str(child), what, one.kind, str(one.model), str(threads)],
         check=False, capture_output=True, text=True, env={**os.environ, **environment},
@@ -252,3 +254,11 @@ def _run(
         figures["held_bytes"] = weights + CAPACITY * per_token
     print(f"{one.engine}: {figures}", file=sys.stderr, flush=True)
     return figures
+
+
+def _warm(file: Path) -> None:
+    """Read a file, so that no engine waits for the disk."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            while stream.read(8 << 20):
+                pass
