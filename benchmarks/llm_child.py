@@ -56,11 +56,12 @@ def _speed(engine: str, model: str, threads: int, clock: Clock) -> dict[str, Any
     figures: dict[str, Any] = {}
     if threads == 1:
         figures["first_s"] = clock() - started
-    reset()(prompt[:PREFILL])
-    figures["prefill_s"] = _timed(lambda: reset()(prompt[:PREFILL]), clock)
+    reset()(prompt[: CONTEXTS[0]])
     for context in CONTEXTS:
         feed = reset()
-        feed(prompt[:context])
+        took = _timed(partial(feed, prompt[:context]), clock)
+        if context == PREFILL:
+            figures["prefill_s"] = took
         times = [_timed(partial(feed, [7]), clock) for _ in range(TOKENS)]
         figures[f"decode{context}_s"] = sorted(times)[len(times) // 2]
     figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,12 +12,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.tensorrt import legalize, operators, settings
+from trivium.backends.tensorrt import legalize, operators, settings, static_caches
 from trivium.backends.tensorrt.qdq_lint import lint
 from trivium.compiler import model as models
 from trivium.compiler import reference, verify
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.cost import Profile
+    from trivium.compiler.generator import Generator
 
 BUILD, RUN, README = "build_engine.py", "run_engine.py", "README.md"
 _BUILD_SECONDS, _RUN_SECONDS, _PROBE_SECONDS = 3600, 600, 120
@@ -41,6 +43,7 @@ class TensorRTBackend:
     """NVIDIA TensorRT 11."""
 
     name = "tensorrt"
+    cache_form = "static"
 
     def available(self) -> str | None:
         return None
@@ -72,13 +75,21 @@ class TensorRTBackend:
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         folder = request.folder
         inputs, outputs = models.signature(model)
-        engine = settings.settings(request.options, inputs, request.workload)
+        generator = request.generator
+        cases = {"main": request.workload}
+        if generator is not None:
+            cases = static_caches.workloads(generator, inputs, request.workload)
+        each = [settings.settings(request.options, inputs, case) for case in cases.values()]
+        engine = each[0] | {"profiles": [ranges for one in each for ranges in one["profiles"]]}
+        if generator is not None:
+            settings.fix(engine["profiles"])
         saved = models.save(model, folder / settings.MODEL)
         (folder / settings.SETTINGS).write_text(json.dumps(engine, indent=1) + "\n")
         for script in (BUILD, RUN):
             source = files("trivium.backends.tensorrt") / "scripts" / script
             (folder / script).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-        (folder / README).write_text(_readme(engine), encoding="utf-8")
+        readme = _readme(engine) + (_driving(generator, cases) if generator is not None else "")
+        (folder / README).write_text(readme, encoding="utf-8")
         findings = lint(model)
         error, checked = _check_legalized(model, request)
         notes = [str(finding) for finding in findings]
@@ -88,8 +99,14 @@ class TensorRTBackend:
         else:
             notes.insert(0, f"no engine was built here ({missing}): run {BUILD} on the GPU")
         return Built(
-            programs=(
-                Program("main", settings.MODEL if missing else settings.PLAN, inputs, outputs),
+            programs=tuple(
+                Program(
+                    name,
+                    settings.MODEL if missing else settings.PLAN,
+                    _sized(inputs, case),
+                    _sized(outputs, case),
+                )
+                for name, case in cases.items()
             ),
             weights=saved[1].name if len(saved) > 1 else saved[0].name,
             memory={"weights_bytes": _weights_bytes(model)},
@@ -104,6 +121,12 @@ class TensorRTBackend:
         )
 
     def load(self, artifact: Artifact) -> Executable:
+        if artifact.generator is not None:
+            raise ToolchainMissing(
+                "the caches of a generator stay on the GPU, with the program that runs its engine",
+                about="backend tensorrt",
+                remedy=f"{README} of the artifact says what that program has to do",
+            )
         missing = why_not_here()
         if missing is not None:
             raise ToolchainMissing(
@@ -179,11 +202,18 @@ def _check_legalized(model: ir.Model, request: BuildRequest) -> tuple[float | No
     """
     if not request.expected:
         return None, "there is no reference run to compare with"
+    generator = request.generator
+    held = [cache.past for cache in generator.caches] if generator is not None else []
+    driven = generator is not None and not any(past in request.samples[0] for past in held)
+    expected: Sequence[Tensors] = request.expected
     try:
-        ran = reference.run_model(model, request.samples)
+        if generator is not None and driven:
+            ran, expected = _driven(model, request, generator)
+        else:
+            ran = reference.run_model(model, request.samples)
     except BackendFailed as error:
         return None, error.cause
-    found = verify.compare(request.expected, ran.outputs)
+    found = verify.compare(expected, ran.outputs)
     if not found.within(verify.tolerance_for(model)):
         raise BackendFailed(
             found.problem or f"legalizing changed the outputs by {found.max_rel_error:.3g}",
@@ -191,6 +221,61 @@ def _check_legalized(model: ir.Model, request: BuildRequest) -> tuple[float | No
             remedy="this is a bug in a legalizing pass: please report it with the model",
         )
     return found.max_rel_error, f"{ran.engine}, {len(request.samples)} samples"
+
+
+def _driven(
+    model: ir.Model, request: BuildRequest, generator: Generator
+) -> tuple[reference.Reference, list[Tensors]]:
+    """What the graph gives as it will be run, prefill and then token by token; and what it should.
+
+    Raises:
+        BackendFailed: It cannot be run here.
+    """
+    import onnxruntime as ort
+
+    from trivium.compiler.generation import compiling
+    from trivium.compiler.onnx_api import one_line
+
+    pairs = list(zip(request.samples, request.expected, strict=True))
+    expected: list[Tensors] = [
+        compiling.expected_logits(generator, feed, want) for feed, want in pairs
+    ]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
+        path = Path(folder) / "model.onnx"
+        models.save(model, path)
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            decoder = static_caches.CheckedDecoder(generator, session)
+            outputs = tuple(
+                compiling.driven_logits(decoder, compiling.rows_of(generator, feed))
+                for feed in request.samples
+            )
+        except Exception as error:  # onnxruntime raises a dozen kinds without a common base
+            raise BackendFailed(one_line(error), about="backend tensorrt") from error
+    return reference.Reference(outputs, f"onnxruntime {ort.__version__}"), expected
+
+
+def _sized(infos: Sequence[TensorInfo], case: Workload) -> tuple[TensorInfo, ...]:
+    """Inputs or outputs with the dimensions of a program."""
+    return tuple(
+        replace(info, shape=tuple(case.dims.get(str(dim), dim) for dim in info.shape))
+        for info in infos
+    )
+
+
+def _driving(generator: Generator, cases: Mapping[str, Workload]) -> str:
+    profiles = "".join(f"- profile {index}: `{name}`\n" for index, name in enumerate(cases))
+    pairs = ", ".join(f"`{c.past}` and `{c.present}`" for c in generator.caches[:2])
+    return f"""
+It continues texts. Each of its programs is an optimization profile:
+{profiles}
+A cache is an input and an output ({pairs}, ...): give both the same memory, zeros at first, of
+which each call writes what its tokens add. `{generator.start}` says how many slots are filled,
+`{generator.mask}` is 1 for the slots that count. Tokens that a program does not need go to the
+right, and are left out of the mask.
+"""
 
 
 def _readme(engine: dict[str, Any]) -> str:

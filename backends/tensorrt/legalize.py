@@ -26,6 +26,7 @@ from trivium.compiler.passing import (
     is_op,
     producer,
     replace,
+    splice,
 )
 from trivium.compiler.types import Preserves
 from trivium.passes.decompose_functions import DecomposeFunctions
@@ -35,6 +36,7 @@ def passes() -> Sequence[ir.passes.PassBase]:
     """The passes of the backend, in order."""
     from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
+    from trivium.backends.tensorrt.static_caches import MaskEmptySlots
     from trivium.passes.drop_empty_operands import DropEmptyOperands
     from trivium.passes.fold_constants import FoldConstants
     from trivium.passes.infer_shapes import InferShapes
@@ -42,6 +44,8 @@ def passes() -> Sequence[ir.passes.PassBase]:
 
     return (
         RemoveInitializersFromInputsPass(),
+        MaskEmptySlots(),
+        CountInFloat(),
         OpenUnsupported(),
         FoldBiasDequantization(),
         SignQuantization(),
@@ -160,6 +164,31 @@ def _zero(node: ir.Node) -> None:
     assert old is not None
     name = f"{node.name or node.op_type}_zero"
     node.replace_input_with(2, initializer(graph_of(node), np.zeros(old.shape, np.int8), name))
+
+
+@dataclass(frozen=True)
+class CountInFloat(NodePass):
+    """Take ``CumSum`` of integers in float32, the widest type that the parser has for it.
+
+    Sums of up to 2**24 are exact; they are counts of tokens as a rule.
+    """
+
+    name: ClassVar[str] = "tensorrt-count-in-float"
+    preserves: ClassVar[Preserves] = "numeric"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        summed = node.inputs[0] if is_op(node, "CumSum") else None
+        if summed is None or summed.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+            return False
+        kind, result = summed.dtype, node.outputs[0]
+        wide = ir.node("Cast", [summed], {"to": ir.DataType.FLOAT.value})
+        options = {name: attribute(node, name, 0) for name in ("exclusive", "reverse")}
+        total = ir.node("CumSum", [wide.outputs[0], node.inputs[1]], options)
+        back = ir.node("Cast", total.outputs, {"to": kind.value}, name=node.name)
+        for made, dtype in ((wide, ir.DataType.FLOAT), (total, ir.DataType.FLOAT), (back, kind)):
+            made.outputs[0].dtype, made.outputs[0].shape = dtype, result.shape
+        splice([node], [wide, total, back])
+        return True
 
 
 @dataclass(frozen=True)

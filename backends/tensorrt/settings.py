@@ -92,6 +92,13 @@ def _profile(
     return profile
 
 
+def fix(profiles: Sequence[Mapping[str, Mapping[str, list[int]]]]) -> None:
+    """Let each profile serve the sizes alone that it is tuned for."""
+    for ranges in profiles:
+        for sizes in ranges.values():
+            sizes["min"][:] = sizes["max"][:] = sizes["opt"]
+
+
 def trtexec(engine: Mapping[str, Any]) -> str:
     """Return the `trtexec` command line that builds the same engine."""
     parts = ["trtexec", f"--onnx={engine['model']}", f"--saveEngine={engine['plan']}"]

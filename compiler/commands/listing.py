@@ -164,6 +164,7 @@ _ADDS = {
     "torch-xla": "PyTorch/XLA beside Trivium; no backend uses it yet (not part of all)",
     "openvino": "OpenVINO on this CPU",
     "hf": "tokenizers and chat templates for checkpoint folders",
+    "vision": "images from files, for models that see (trivium generate --image)",
     "serve": "generators over HTTP (trivium serve)",
     "tune": "training back what a recipe cost (trivium tune), and explain's budgets",
     "torch": "PyTorch and transformers, which the tests compare with (not part of all)",

@@ -47,12 +47,17 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_WAITING = 2048
+"""Connections that wait to be taken, at most; what uvicorn asks for as well."""
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(_WAITING)  # whoever reads where it is may ask at once
     except (OSError, OverflowError) as error:
         raise BadInput(
             f"cannot listen there ({error})", about=f"{host}:{port}", remedy="give another --port"

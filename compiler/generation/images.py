@@ -67,7 +67,9 @@ def _normalized(path: Path, settings: Mapping[str, Any], size: tuple[int, int]) 
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ToolchainMissing(
-            "Pillow is not installed", about=str(path), remedy="pip install pillow, or give .npy"
+            "Pillow is not installed",
+            about=str(path),
+            remedy="pip install 'trivium[vision]', or give .npy",
         ) from error
     height, width = size
     try:

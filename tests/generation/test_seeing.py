@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trivium
 from tests.models.test_llava import IMAGE, checkpoint, prompts
 from trivium.compiler.cli import main
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generation import images
 from trivium.compiler.generation.sampling import Settings
 
 pytestmark = pytest.mark.slow
@@ -100,3 +102,40 @@ def test_a_place_is_one_token_or_as_many_as_an_image_has(
 def test_images_are_for_those_that_see(shakespeare: trivium.Artifact) -> None:
     with pytest.raises(BadInput, match="it sees no images"):
         trivium.TextGenerator(shakespeare).see([1], [np.zeros((3, 2, 2), np.float32)])
+
+
+def test_files_are_prepared_as_transformers_does_and_generate(
+    llava: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    transformers = pytest.importorskip("transformers")
+    _, folder = llava
+    source = tmp_path / "llava"
+    shutil.copytree(folder, source)
+    processor = (
+        transformers.CLIPImageProcessorPil
+        if hasattr(transformers, "CLIPImageProcessorPil")
+        else transformers.CLIPImageProcessor
+    )
+    theirs = processor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    theirs.save_pretrained(source)
+    out = tmp_path / "out"
+    artifact = trivium.compile(source, "cpu", out=out)
+    smooth = np.add.outer(np.arange(40) * 3, np.arange(31) * 4)[..., None] + np.array([0, 20, 40])
+    cat = pillow.fromarray((smooth % 256).astype(np.uint8))
+    cat.save(tmp_path / "cat.png")
+    pixels = next(info for info in artifact.inputs if len(info.shape) == 4)
+    read = images.read(tmp_path / "cat.png", artifact, pixels)
+    wanted = np.asarray(theirs(cat, return_tensors="np")["pixel_values"])[0]
+    np.testing.assert_allclose(read, wanted, atol=1e-5)
+    np.save(tmp_path / "cat.npy", read)
+    found = []
+    for name in ("cat.png", "cat.npy"):
+        asked = ["generate", str(out), "--prompt-ids", f"9,{IMAGE},10", "--max-new-tokens", "5"]
+        assert main([*asked, "--image", str(tmp_path / name), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["outputs"][0]["tokens"])
+    assert found[0] == found[1]
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    asked = ["generate", str(out), "--prompt-ids", f"9,{IMAGE},10"]
+    assert main([*asked, "--image", str(tmp_path / "bad.png")]) == 2
+    assert "bad.png: not a readable image" in capsys.readouterr().err

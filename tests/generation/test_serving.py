@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 import httpx
 import openai
 
+import trivium
 from tests.generation.test_text import CHAT, with_template
 from trivium.compiler import cli
 from trivium.compiler.artifact import Artifact
@@ -42,9 +44,9 @@ def artifact(
     return with_template(CHAT, shared_data("llm-shakespeare"), folder)
 
 
-@pytest.fixture(scope="module")
-def address(artifact: Artifact) -> Iterator[str]:
-    """Of a server in a process of its own."""
+@contextmanager
+def serving(artifact: Artifact) -> Iterator[str]:
+    """The address of a server in a process of its own."""
     command = [sys.executable, "-m", "trivium.compiler.cli", "serve", str(artifact.path)]
     options = ["--port", "0", "--name", "shakespeare", "--rows", "4"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
@@ -57,6 +59,12 @@ def address(artifact: Artifact) -> Iterator[str]:
         finally:
             process.terminate()
             assert process.wait(30) in (0, 130)
+
+
+@pytest.fixture(scope="module")
+def address(artifact: Artifact) -> Iterator[str]:
+    with serving(artifact) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +105,31 @@ def test_completion_streams(client: openai.OpenAI, expected: str) -> None:
     assert "".join(event.choices[0].text for event in events if event.choices) == expected
     assert events[-1].usage is not None
     assert events[-1].usage.completion_tokens == 24
+
+
+@pytest.mark.slow
+def test_openvino_is_served_alike(
+    expected: str, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    folder = shared_data("llm-shakespeare")
+    artifact = trivium.compile(folder, "cpu", backend="openvino", out=tmp_path / "out")
+    with serving(artifact) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        asked: dict[str, Any] = {"model": "shakespeare", "max_tokens": 24, "temperature": 0}
+
+        def ask(prompt: str) -> str:
+            events = client.completions.create(prompt=prompt, stream=True, **asked)
+            return "".join(event.choices[0].text for event in events if event.choices)
+
+        with ThreadPoolExecutor(4) as pool:
+            streamed = list(pool.map(ask, ["ROMEO:", "JULIET:"] * 3))
+        together = client.completions.create(prompt=["ROMEO:", "JULIET:"], **asked)
+        assert streamed[0] == expected
+        assert streamed == [choice.text for choice in together.choices] * 3
+        with client.completions.create(prompt="ROMEO:", stream=True, **asked) as stream:
+            next(iter(stream))  # and hang up
+        assert ask("ROMEO:") == expected
 
 
 def test_several_prompts_and_choices(client: openai.OpenAI, expected: str) -> None:
