@@ -25,6 +25,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 GRADUAL = ("prune-magnitude", "prune-n-m")
 """Passes whose sparsity can rise step by step: they look at the weights alone."""
 
+FIXED = {
+    "prune-structured": "takes units out, and the graph that is trained keeps its shapes",
+    "prune-layers": "takes layers out, and the graph that is trained keeps its nodes",
+    "prune-wanda": "ranks by what flows through the source model, not the one in training",
+    "prune-sparsegpt": "changes the weights that stay, which training is changing as well",
+}
+"""Why the other pruning passes have to run before the first update."""
+
 STAGES = 10
 """How often the sparsity rises in a gradual schedule."""
 
@@ -113,10 +121,13 @@ def divided(chosen: Recipe, share: float, updates: int) -> tuple[Recipe, Schedul
         return chosen, Schedule((), 0)
     taken = tuple(step for step in chosen.steps if step.name in GRADUAL)
     if not taken:
+        whys = [f"{s.name} {FIXED[s.name]}" for s in chosen.steps if s.name in FIXED]
+        reason = f": {'; '.join(whys)}" if whys else ""
         raise BadInput(
-            f"the recipe {chosen.name!r} has no pass whose sparsity could rise",
+            f"the recipe {chosen.name!r} has no pass whose sparsity could rise{reason}",
             about="--gradual",
-            remedy=f"use one of {', '.join(GRADUAL)}",
+            remedy=f"use one of {', '.join(GRADUAL)}"
+            + (", or leave --gradual out" if whys else ""),
         )
     for step in taken:
         recipe.instantiate(step, Context())

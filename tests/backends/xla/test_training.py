@@ -331,6 +331,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"rate": float("nan")}, "not a finite number"),
     "share": ({"alpha": 1.5}, "not between 0 and 1"),
     "gradual without pruning": ({"recipe": "int8-weights", "gradual": 0.5}, "no pass whose"),
+    "gradual units": (
+        {"recipe": "prune-channels+distill", "gradual": 0.5},
+        "prune-structured takes units out, and the graph that is trained keeps its shapes",
+    ),
     "blended labels": ({"augment": ("mix",)}, "labels do not blend"),
     "augment": ({"augment": ("turn",)}, "known: flip, shift"),
     "no images": ({"augment": ("flip",), "steps": 1}, "batch of images"),
