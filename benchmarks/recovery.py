@@ -11,9 +11,10 @@ lie beside the file of lines.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,6 @@ def _tune(
     from trivium.compiler.recipe import Recipe, Step
 
     recipe = Recipe("benchmark", tuple(Step(name, given) for name, given in passes))
-    lines = os.environ.get(LINES)
-    kept = Path(f"{lines}.training", name.replace(" ", "-")) if lines else None
     started, cpu = time.perf_counter(), time.process_time()
 
     def watch(step: int, steps: int, figures: Any) -> None:
@@ -63,8 +62,7 @@ def _tune(
             took = f"{time.process_time() - cpu:.0f} s of CPU"
             print(f"{name}: {step} of {steps}, {took}, {dict(figures)}", flush=True)
 
-    made = trivium.tune(source, data, recipe=recipe, checkpoint=kept, watch=watch, **options)
-    made.forget()
+    made = trivium.tune(source, data, recipe=recipe, checkpoint=_kept(name), watch=watch, **options)
     return made.model, {
         "cpu_s": time.process_time() - cpu,
         "wall_s": time.perf_counter() - started,
@@ -73,8 +71,24 @@ def _tune(
     }
 
 
+def _kept(name: str) -> Path | None:
+    """Where a training's checkpoint lies until its figures are written."""
+    lines = os.environ.get(LINES)
+    return Path(f"{lines}.training", name.replace(" ", "-")) if lines else None
+
+
+def _piece(pieces: Pieces, name: str, measure: Callable[[], dict[str, Any]]) -> Any:
+    """The figures of a training, which is forgotten when they are there."""
+    figures, kept = pieces.of(name, measure), _kept(name)
+    if figures and kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return figures
+
+
 def _took(figures: dict[str, Any]) -> str:
-    return f"{figures['cpu_s']:.0f} s of CPU in {figures['wall_s']:.0f} s"
+    """Updates up to the best state; of a training that was resumed, the time since."""
+    time_taken = f"{figures['cpu_s']:.0f} s of CPU in {figures['wall_s']:.0f} s"
+    return f"{figures['updates']} updates, {time_taken}"
 
 
 # --- the decoder -----------------------------------------------------------------------------
@@ -82,7 +96,7 @@ def _took(figures: dict[str, Any]) -> str:
 
 def decoder(folder: Path, pieces: Pieces) -> list[Row]:
     """int4 of the Shakespeare model: perplexity on the validation text."""
-    figures = pieces.of("decoder", partial(_decoder, folder))
+    figures = _piece(pieces, "decoder", partial(_decoder, folder))
     if not figures:
         return []
     before, rounded, after = (figures[key] for key in ("float32", "rounded", "tuned"))
@@ -157,7 +171,7 @@ def encoder(folder: Path, pieces: Pieces) -> list[Row]:
         ("half of the operations", [("prune-structured", half)]),
     ):
         name = f"MiniLM, {what}"
-        figures = pieces.of(name, partial(_encoder, name, steps, folder))
+        figures = _piece(pieces, name, partial(_encoder, name, steps, folder))
         if not figures:
             continue
         shown = f"{figures['cosine']:.4f} ({_took(figures)}; {figures['pruned']:.4f} untrained)"
@@ -224,7 +238,7 @@ def network(folder: Path, pieces: Pieces) -> list[Row]:
     ):
         name = f"ResNet-32, {what}"
         halves = [
-            pieces.of(f"{name}, half {half}", partial(
+            _piece(pieces, f"{name}, half {half}", partial(
                 _network, f"{name}, half {half}", passes, rate, hidden, half, folder))
             for half in (0, 1)
         ]  # fmt: skip
