@@ -411,7 +411,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 def _verify(study: Study, made: Recipe) -> Answer:
     """Run a recipe as a compile would, and evaluate it on ONNX Runtime with all its fusions."""
     parsed = recipe.parse(to_toml(made))
-    model = study.before.clone()
+    model = study.plain.clone()
     recipe.run(parsed, model, study.context)
     cpu = prepare.choose_backend(study.target, study.backend)
     if study.target.family == "cpu":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler import dataset, metrics, prepare, recipe, samples, shapes
+from trivium.compiler import dataset, metrics, plugins, prepare, recipe, samples, shapes
 from trivium.compiler import model as models
 from trivium.compiler import targets as target_names
 from trivium.compiler.dataset import Dataset
@@ -23,7 +23,7 @@ from trivium.compiler.explain import instrument
 from trivium.compiler.explain.diff import FLOATS, Difference, difference
 from trivium.compiler.metrics import Evaluation
 from trivium.compiler.prepare import Progress, silent
-from trivium.compiler.recipe import Applied, Context, Recipe
+from trivium.compiler.recipe import Applied, Context, Recipe, Step
 from trivium.compiler.types import Target, Workload
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -65,13 +65,16 @@ class Study:
     """See the module; made by `open_study`.
 
     Attributes:
-        before: In normal form.
+        plain: In normal form.
+        before: What layers are compared with: ``plain`` after the passes that only get it ready for
+            the lossy ones (equalize, smooth-quant). One layer of what they did is no layer's error.
         data, part: What to evaluate on, and the part of it that single layers are judged on.
         layers: Name, and the numbers of the recipes that change it, in the switches' order.
         agreement: Whether the data has no labels, so that the source model's outputs are those.
     """
 
     source: Path
+    plain: ir.Model
     before: ir.Model
     changed: tuple[Changed, ...]
     data: Dataset
@@ -187,24 +190,26 @@ def open_study(
     rows = _data(loaded, workload, Path(data), path, metric, window)
     found = target_names.find(target) if isinstance(target, str) else target
     engine = prepare.choose_backend(found, backend).name
-    before, _ = prepare.optimize(loaded, "none", shape=shape)
-    size = _output_bytes(before, rows)
+    plain, _ = prepare.optimize(loaded, "none", shape=shape)
+    size = _output_bytes(plain, rows)
     kept = max(1, min(samples_each, KEPT_BYTES // max(1, size)))
     part = rows.pick(kept, seed)
-    inputs = models.signature(before)[0]
+    inputs = models.signature(plain)[0]
     feeds: Sequence[Any]
     if calibration is not None:
         feeds = samples.read_npz(calibration, inputs)
     else:
-        feeds = [feed for feed, _, _ in part.batches(inputs, batch_of(before, part))]
+        feeds = [feed for feed, _, _ in part.batches(inputs, batch_of(plain, part))]
     context = Context(found, feeds, workload, seed, engine)
+    chosen = [recipe.read(given) if isinstance(given, str) else given for given in recipes]
+    before = _made_ready(plain, chosen, context)
     changed = []
-    for given in recipes:
-        chosen = recipe.read(given) if isinstance(given, str) else given
-        progress(f"recipe {chosen.name}")
-        changed.append(_change(before, chosen, context))
+    for one in chosen:
+        progress(f"recipe {one.name}")
+        changed.append(_change(plain, before, one, context))
     made = Study(
-        path, before, tuple(changed), rows, part, metric, found, engine, tuple(shape), context,
+        path, plain, before, tuple(changed), rows, part, metric, found, engine, tuple(shape),
+        context,
         agreement=metric != "perplexity" and not metric.startswith("map:") and "y" not in rows.rows,
     )  # fmt: skip
     progress("building the model whose layers can be switched")
@@ -225,17 +230,39 @@ def _data(
     return dataset.read(data, inputs)
 
 
-def _change(before: ir.Model, chosen: Recipe, context: Context) -> Changed:
-    after = before.clone()
+def _lead(chosen: Recipe) -> tuple[Step, ...]:
+    """The passes before the first lossy one, of a recipe that has one: they keep all outputs."""
+    for index, step in enumerate(chosen.steps):
+        if plugins.get("trivium.passes", step.name).preserves == "lossy":
+            return chosen.steps[:index]
+    return ()
+
+
+def _made_ready(plain: ir.Model, recipes: Sequence[Recipe], context: Context) -> ir.Model:
+    """The model after the passes that lead any of the recipes."""
+    before = plain.clone()
+    done: list[Step] = []
+    for chosen in recipes:
+        for step in _lead(chosen):
+            if step not in done:
+                recipe.run(replace(chosen, steps=(step,)), before, context)
+                done.append(step)
+    return before
+
+
+def _change(plain: ir.Model, before: ir.Model, chosen: Recipe, context: Context) -> Changed:
+    lead = len(_lead(chosen))
+    after = plain.clone()
     stages: list[tuple[str, ir.Model]] = []
     applied: list[Applied] = []
-    for step in chosen.steps:
+    for index, step in enumerate(chosen.steps):
+        if index == lead:
+            after = before.clone()
         rows = recipe.run(replace(chosen, steps=(step,)), after, context)
         applied += rows
         if any(row.modified for row in rows):
             stages.append((step.name, after.clone()))
-    found = difference(before, after)
-    return Changed(chosen, after, found, tuple(stages), tuple(applied))
+    return Changed(chosen, after, difference(before, after), tuple(stages), tuple(applied))
 
 
 def _output_bytes(model: ir.Model, data: Dataset) -> int:

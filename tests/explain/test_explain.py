@@ -109,6 +109,18 @@ def test_the_layer_that_hurts_is_blamed(data: Path) -> None:
     assert found.worst[0].op_type == "Conv"
 
 
+def test_a_layer_is_not_blamed_for_a_factor_that_its_neighbour_takes_back(data: Path) -> None:
+    """What gets a graph ready for rounding moves factors between layers; no output changes."""
+    static = Step("quantize-static", {"method": "minmax"})
+    made = open_study(digits.cnn(), [Recipe("ready", (Step("equalize"), static)), "fp16"], data)
+    assert [name for name, _ in made.changed[0].stages] == ["equalize", "quantize-static"]
+    layers = blame(made).recipes[0].layers
+    assert layers
+    for layer in layers:
+        noises = [layer.local, *(tensor.noise for tensor in layer.tensors)]
+        assert all(noise is None or noise < 0.01 for noise in noises)
+
+
 def test_passes_are_judged_one_after_another(data: Path) -> None:
     chain = Recipe("chain", (Step("prune-magnitude"), Step("quantize-static")))
     found = explain(digits.cnn(), [chain], data, samples=64).recipes[0]
