@@ -23,7 +23,7 @@ GROUPS = (
     "attention", "casting", "control_flow", "convolution", "elementwise", "image", "indexing",
     "linear", "microsoft", "microsoft_attention", "microsoft_fused", "microsoft_quantized",
     "normalization", "pooling", "quantization", "random", "recurrent", "reduction", "resize",
-    "selection", "sequence", "shape", "signal", "traditional", "training",
+    "selection", "sequence", "shape", "signal", "traditional", "training", "trees",
 )  # fmt: skip
 """The modules of `trivium.backends.xla.lowering.ops`, one for each group of operators."""
 
