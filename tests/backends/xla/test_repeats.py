@@ -180,8 +180,8 @@ def test_auto_compiles_both_ways_above_the_threshold_and_keeps_one(tmp_path: Pat
 
 def way(seconds: float, size: int) -> Any:
     """An attempt that took so long and needs so much."""
-    sizes = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code"), 0)
-    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": b for name, b in sizes.items()})
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": 0 for name in names})
     analysis.temp_size_in_bytes = size
     compiled = SimpleNamespace(memory_analysis=lambda: analysis)
     return SimpleNamespace(trace_seconds=0.0, compile_seconds=seconds, compiled=compiled)
