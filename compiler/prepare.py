@@ -194,14 +194,34 @@ def predict(prepared: Prepared, target: Target) -> Estimate:
 
 def refused(prepared: Prepared, target: Target) -> Unsupported:
     """The error that lists every node a backend cannot run."""
-    shown = "; ".join(prepared.refusals[:8])
-    more = f"; and {len(prepared.refusals) - 8} more" if len(prepared.refusals) > 8 else ""
+    count = len(prepared.refusals)
+    nodes = "1 node" if count == 1 else f"{count} nodes"
     return Unsupported(
-        f"{prepared.backend.name} cannot run {len(prepared.refusals)} nodes: {shown}{more}",
+        f"{prepared.backend.name} cannot run {nodes}: {_by_reason(prepared.refusals)}",
         about=target.name,
         remedy=_elsewhere(prepared, target),
         refusals=prepared.refusals,
     )
+
+
+_REASONS, _NAMES = 8, 40
+"""How many reasons a line tells, and how many nodes of each; --dry-run has no limit."""
+
+
+def _by_reason(refusals: Sequence[str]) -> str:
+    """Refusals in one line, nodes that are refused for the same reason together."""
+    names: dict[str, list[str]] = {}
+    for line in refusals:
+        name, _, reason = line.partition(" (")
+        names.setdefault(reason, []).append(name)
+    shown = [
+        f"{', '.join(of[:_NAMES])}{' and others' if len(of) > _NAMES else ''} ({reason}"
+        for reason, of in list(names.items())[:_REASONS]
+    ]
+    told = sum(min(len(of), _NAMES) for of in list(names.values())[:_REASONS])
+    if told < len(refusals):
+        shown.append(f"and {len(refusals) - told} more, which --dry-run lists")
+    return "; ".join(shown)
 
 
 def _elsewhere(prepared: Prepared, target: Target) -> str:

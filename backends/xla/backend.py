@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
-_OPTIONS = ("partition", "precision", "scan", "deadline")
+_OPTIONS = ("partition", "precision", "scan", "scan_after", "deadline")
 _PRECISIONS = ("highest", "high", "default")
 
 
@@ -78,7 +78,8 @@ class XlaBackend:
         target = request.target
         device = platforms.device_of(target)
         platforms.require(device.platform, target.name)
-        deadline = _check_options(request.options)
+        _check_options(request.options)
+        deadline = _seconds(request.options, "deadline", process.DEADLINE_S)
         precision = request.options.get("precision", _PRECISIONS[0])
         generator = request.generator
         if generator is None:
@@ -103,6 +104,7 @@ class XlaBackend:
             "partition": request.options.get("partition"),
             "precision": precision,
             "scan": request.options.get("scan", rolling.CHOICES[0]),
+            "scan_after": _seconds(request.options, "scan_after", rolling.SOON),
             "verified": bool(request.expected),
             "caches": [cache.past for cache in generator.caches] if generator else [],
         }
@@ -249,8 +251,8 @@ def write_model(model: ir.Model, folder: Path, name: str) -> None:
             value.const_value = tensor
 
 
-def _check_options(options: Mapping[str, str]) -> float:
-    """Refuse unknown options; return the deadline."""
+def _check_options(options: Mapping[str, str]) -> None:
+    """Refuse unknown options and choices, before anything is made."""
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise BadInput(
@@ -266,14 +268,18 @@ def _check_options(options: Mapping[str, str]) -> float:
     scan = options.get("scan")
     if scan is not None and scan not in rolling.CHOICES:
         raise BadInput(f"{scan!r} is no choice", about="scan", remedy=", ".join(rolling.CHOICES))
-    given = options.get("deadline")
+
+
+def _seconds(options: Mapping[str, str], name: str, default: float) -> float:
+    """The time that an option gives."""
+    given = options.get(name)
     try:
-        deadline = float(given) if given is not None else process.DEADLINE_S
+        seconds = float(given) if given is not None else default
     except ValueError:
-        deadline = 0.0
-    if not deadline > 0:
-        raise BadInput(f"{given!r} is no time", about="deadline", remedy="give seconds")
-    return deadline
+        seconds = 0.0
+    if not seconds > 0:
+        raise BadInput(f"{given!r} is no time", about=name, remedy="give seconds")
+    return seconds
 
 
 def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, float | None]:

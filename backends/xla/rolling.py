@@ -2,13 +2,15 @@
 
 A scan is compiled once for all its turns, but keeps the compiler from fusing and prefetching
 across layers, and costs temporary memory. So it has to pay: where the program as it is compiles
-within `SOON` nothing else is tried; where it does not, both are compiled and the scan is taken if
-it compiles in less than `SHORTER` of the time and needs no more than `LARGER` of the memory.
+within the threshold (`SOON`, or what is asked for) nothing else is tried; where it does not, and
+has layers that are the same, both are compiled and the scan is taken if it compiles in less than
+`SHORTER` of the time and needs no more than `LARGER` of the memory. The gain is every later load,
+which compiles the export again. On a TPU there is none (docs/scan.md), so nothing is tried there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trivium.compiler.errors import Unsupported
@@ -26,32 +28,36 @@ class Attempts(Protocol):
     def __call__(self, *, roll: bool) -> Attempt: ...
 
 
-def choose(attempt: Attempts, job: Mapping[str, Any]) -> tuple[Attempt, dict[str, Any]]:
-    """Return the program to keep, and for the manifest why and what was measured."""
+def choose(
+    attempt: Attempts, job: Mapping[str, Any], alike: Callable[[], bool]
+) -> tuple[Attempt, dict[str, Any]]:
+    """Return the program to keep, and for the manifest why and what was measured.
+
+    Args:
+        alike: Whether the program has layers that are the same.
+    """
     wish: str = job["scan"]
-    if wish == "never" or len(job["programs"]) > 1 or job["caches"]:
-        # Programs share one copy of the weights, stacked or not; to stack the caches of layers
-        # would be to copy them in every call.
-        why = "its layers have caches" if job["caches"] else "several programs share the weights"
-        why = "as asked" if wish == "never" else f"not tried: {why}"
+    why = "as asked" if wish == "never" else _hindrance(job, wish)
+    if why:
         return attempt(roll=False), {"scan": False, "why": why}
     if wish == "always":
-        rolled = attempt(roll=True)
-        if not rolled.lowered.stacks:
+        if not alike():
             raise Unsupported(
                 "it has no layers that are the same but for their weights",
                 about="scan=always",
                 remedy="leave the option out",
             )
+        rolled = attempt(roll=True)
         return rolled, {"scan": True, "why": "as asked", "rolled": _measures(rolled)}
     plain = attempt(roll=False)
     took = plain.trace_seconds + plain.compile_seconds
     measured = {"unrolled": _measures(plain)}
-    if took < SOON:
-        return plain, {"scan": False, "why": f"it compiles within {SOON:g} s", **measured}
-    rolled = attempt(roll=True)
-    if not rolled.lowered.stacks:
+    soon: float = job["scan_after"]
+    if took < soon:
+        return plain, {"scan": False, "why": f"it compiles within {soon:g} s", **measured}
+    if not alike():
         return plain, {"scan": False, "why": "no layers are the same", **measured}
+    rolled = attempt(roll=True)
     measured["rolled"] = _measures(rolled)
     quicker = rolled.trace_seconds + rolled.compile_seconds <= SHORTER * took
     small = _bytes(rolled) <= LARGER * _bytes(plain)
@@ -59,6 +65,19 @@ def choose(attempt: Attempts, job: Mapping[str, Any]) -> tuple[Attempt, dict[str
         return rolled, {"scan": True, "why": "it compiles sooner", **measured}
     why = "a scan takes more memory" if quicker else "a scan compiles no sooner"
     return plain, {"scan": False, "why": why, **measured}
+
+
+def _hindrance(job: Mapping[str, Any], wish: str) -> str:
+    """Why no scan is to be tried, whatever it would take; empty if it may be."""
+    # Programs share one copy of the weights, stacked or not; to stack the caches of layers would
+    # be to copy them in every call.
+    if job["caches"]:
+        return "not tried: its layers have caches"
+    if len(job["programs"]) > 1:
+        return "not tried: several programs share the weights"
+    if wish == "auto" and job["device"]["platform"] == "tpu":
+        return "not tried: libtpu compiles layers that are the same once, with or without a scan"
+    return ""
 
 
 def _bytes(one: Attempt) -> int:

@@ -108,12 +108,13 @@ def _configuration(model: ir.Model, devices: int) -> ir.ModelConfiguration | Non
         return None
     fitting = [one for one in model.device_configurations if one.num_devices == devices]
     if len(fitting) != 1:
-        names = ", ".join(f"{c.name} ({c.num_devices})" for c in model.device_configurations)
+        given = fitting or model.device_configurations
+        names = "; ".join(f"{one.name} ({one.num_devices} devices)" for one in given)
         raise BadInput(
-            f"{len(fitting) or 'none'} of the model's device configurations are for {devices} "
-            f"devices: {names}",
+            f"the model is annotated for {names}, and the target has {devices} devices",
             about="sharding",
-            remedy="annotate it for one mesh of this size, or give --option partition=batch",
+            remedy=f"annotate it for one mesh whose axes multiply to {devices}, e.g. dp={devices}, "
+            "or give --option partition=batch",
         )
     return fitting[0]
 

@@ -176,7 +176,8 @@ def build_program(
     mode: Mode = "float" if device.platform == "cuda" and _convolves_integers(model) else "integer"
     if job["partition"] is None and sharding.stages(model, len(devices)) > 1:
         return _staged(name, model, mode, job, device, devices)
-    made, rolled = rolling.choose(partial(_attempt, name, model, mode, job, device, devices), job)
+    attempt = partial(_attempt, name, model, mode, job, device, devices)
+    made, rolled = rolling.choose(attempt, job, partial(_has_repeats, model))
     for file, content in made.files.items():
         (folder / file).write_bytes(content)
     text = made.text()
@@ -221,6 +222,14 @@ class Attempt:
     text: Callable[[], str]
     trace_seconds: float
     compile_seconds: float
+
+
+def _has_repeats(model: ir.Model) -> bool:
+    """Whether a model has layers that `lower` would roll."""
+    from trivium.backends.xla.lowering import repeats
+    from trivium.backends.xla.lowering.constants import weights_of
+
+    return repeats.find(model.graph, weights_of(model)) is not None
 
 
 def _attempt(

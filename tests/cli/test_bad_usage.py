@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,64 @@ def test_an_artifact_of_another_backend(artifact: Path, tmp_path: Path) -> None:
         _edited(copy, lambda m, n=name: m.update(backend=n))  # type: ignore[misc]
         with pytest.raises(BadInput):
             trivium.load(str(copy))
+
+
+# --- what a target cannot take -------------------------------------------------------------------
+
+
+def _of(nodes: Sequence[Any], path: Path) -> Path:
+    """A model of nodes from x to y, both [n, m]."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m"]) for name in "xy"]
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("custom", 1)]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:])
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+    )
+    return path
+
+
+def test_what_a_tpu_cannot_take(tmp_path: Path, run_all: RunAll) -> None:
+    platforms = pytest.importorskip("trivium.backends.xla.platforms")
+    if platforms.missing("tpu") is not None:
+        pytest.skip(platforms.missing("tpu"))
+    values = ["x", *(f"v{index}" for index in range(11)), "y"]
+    strange = _of(
+        [
+            helper.make_node("Foo", [a], [b], name=f"foo{index}", domain="custom")
+            for index, (a, b) in enumerate(pairwise(values))
+        ],
+        tmp_path / "strange.onnx",
+    )
+    plain = _of([helper.make_node("Relu", ["x"], ["y"])], tmp_path / "plain.onnx")
+    recipe = tmp_path / "mesh.toml"
+    table = 'name = "m"\ndescription = "d"\n[[pass]]\nname = "shard"\nmesh = "{}"\n'
+    recipe.write_text(table.format("dp=4"))
+    other = tmp_path / "other.toml"
+    other.write_text(table.format("dp=3"))
+
+    def line(model: Path, target: str, *more: object) -> list[object]:
+        return ["compile", model, "--target", target, "--no-cache", "-o", tmp_path / "out", *more]
+
+    sizes = ("--shape", "n=6", "m=4")
+    refused, open_, slice_, uneven, smaller = run_all(
+        [
+            line(strange, "tpu-v5e", *sizes),
+            line(plain, "tpu-v5e", "--shape", "n=6"),
+            line(plain, "tpu-v5e:2x2", "--shape", "n=?", "m=4"),
+            line(plain, "tpu-v5e:2x2", "--recipe", recipe, *sizes),
+            line(plain, "tpu-v5e:2x2", "--recipe", other, *sizes),
+        ]
+    )
+    assert refused.code == 3
+    names = ", ".join(f"foo{index}" for index in range(12))
+    assert f"cannot run 12 nodes: {names} (Foo): no lowering for custom.Foo" in refused.stderr
+    assert [one.code for one in (open_, slice_, uneven, smaller)] == [2, 2, 2, 2]
+    assert "x[m] is symbolic; bind them, e.g. --shape x=6x1" in open_.stderr
+    assert "n is to stay symbolic; give it a size with --shape" in slice_.stderr
+    assert "x, axis 0: a batch of 6 does not divide by dp=4; dp may be 1, 2, 3, 6" in uneven.stderr
+    assert "annotated for dp=3,tp=1 (3 devices), and the target has 4 devices" in smaller.stderr
+    assert "multiply to 4, e.g. dp=4" in smaller.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --- places --------------------------------------------------------------------------------------

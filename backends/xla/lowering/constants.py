@@ -16,6 +16,15 @@ SMALL = 1024
 _LARGE = 1 << 20
 """Bytes above which not even an operand that wants to be constant is made one."""
 
+_FEW = 8
+"""Elements up to which a constant of floats is taken for shape arithmetic, where it is part of it:
+one for each axis."""
+
+_ARITHMETIC = frozenset(
+    {"Add", "Cast", "Ceil", "Concat", "Div", "Floor", "Gather", "Identity", "Max", "Min", "Mul",
+     "Reshape", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze"}
+)  # fmt: skip
+
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 
 
@@ -48,10 +57,33 @@ def _is_known(value: ir.Value, tensor: ir.TensorProtocol, model: ir.Model) -> bo
         return True
     if tensor.dtype in _INTEGERS and tensor.size <= SMALL:
         return True
+    few = tensor.dtype.is_floating_point() and tensor.size <= _FEW and len(tensor.shape) == 1
+    if few and any(_is_of_shapes(node.outputs[0]) for node in value.consumers()):
+        return True
     if tensor.nbytes > _LARGE:
         return False
     opset = model.opset_imports.get("", 1)
     return any(_wants_constant(node, slot, opset) for node, slot in value.uses())
+
+
+def _is_of_shapes(value: ir.Value) -> bool:
+    """Whether a value is computed from shapes and constants, and from shapes at least."""
+    pending, seen, found = [value], {value}, False
+    while pending:
+        one = pending.pop()
+        node = one.producer()
+        if node is None:
+            if one.const_value is None:
+                return False
+        elif node.op_type in ("Shape", "Size"):
+            found = True
+        elif node.op_type in _ARITHMETIC:
+            new = {v for v in node.inputs if v is not None} - seen
+            seen |= new
+            pending += new
+        elif node.op_type != "Constant":
+            return False
+    return found
 
 
 def _wants_constant(node: ir.Node, slot: int, opset: int) -> bool:

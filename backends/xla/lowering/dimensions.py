@@ -8,11 +8,13 @@ done here on those objects; everything else is given the sizes as values that th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trivium.backends.xla.lowering import ratios
 from trivium.backends.xla.lowering.lazy import jax, jax_export, jnp
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ Array = np.ndarray[Any, Any]
 
 
 def is_symbolic(size: Any) -> bool:
-    """Whether a size is a symbolic dimension."""
+    """Whether a size is a symbolic dimension, or a part of one."""
+    if isinstance(size, ratios.Ratio):
+        return True
     return not isinstance(size, (int, np.integer)) and bool(jax_export.is_symbolic_dim(size))
 
 
@@ -34,17 +38,27 @@ def has_symbols(value: Any) -> bool:
 
 
 def as_tensor(sizes: Any) -> Array:
-    """Sizes as a known tensor: of int64 where all are numbers, else of objects."""
+    """Sizes as a known tensor: of numbers where all are, else of objects."""
     array = np.asarray(sizes, object)
-    return array if has_symbols(array) else array.astype(np.int64)
+    if has_symbols(array):
+        return array
+    parts = any(isinstance(item, Fraction) for item in array.flat)
+    return array.astype(np.float64 if parts else np.int64)
 
 
 def traced(value: Any, dtype: Any = "int64") -> Any:
     """A tensor with symbolic elements as what the program computes; others as they are."""
     if not has_symbols(value):
         return value
-    flat = [jnp.asarray(item, dtype) for item in value.flat]
+    flat = [_computed(item, dtype) for item in value.flat]
     return jnp.reshape(jnp.stack(flat), value.shape)
+
+
+def _computed(item: Any, dtype: Any) -> Any:
+    if isinstance(item, ratios.Ratio):
+        factor = item.factor
+        return jnp.asarray(item.size * factor.numerator, dtype) / factor.denominator
+    return jnp.asarray(float(item) if isinstance(item, Fraction) else item, dtype)
 
 
 def named(inputs: Sequence[Any]) -> str:
@@ -76,7 +90,7 @@ def fold(
         return None
     try:
         results = function(_Attributes(node, attributes), *inputs)
-    except (_Undecided, jax.errors.InconclusiveDimensionOperation):
+    except (ratios.Undecided, jax.errors.InconclusiveDimensionOperation):
         return None
     made = results if isinstance(results, tuple) else (results,)
     return tuple(map(_as_declared, node.outputs, made))
@@ -87,10 +101,6 @@ def _as_declared(value: ir.Value, made: Array) -> Array:
     if value.dtype is None or has_symbols(made):
         return made
     return made.astype(value.dtype.numpy())
-
-
-class _Undecided(Exception):
-    """What is asked has no answer that holds for all sizes."""
 
 
 class _Attributes:
@@ -114,10 +124,16 @@ class _Attributes:
         """What the model declares of the first output."""
         return self._node.outputs[0].dtype
 
+    @property
+    def floats(self) -> bool:
+        """Whether the model declares that it computes on floats."""
+        values = [value for value in (*self._node.inputs, *self._node.outputs) if value is not None]
+        return any(v.dtype is not None and v.dtype.is_floating_point() for v in values)
+
 
 def _numbers(value: Array) -> list[int]:
     if has_symbols(value):
-        raise _Undecided
+        raise ratios.Undecided
     return [int(item) for item in np.asarray(value).reshape(-1)]
 
 
@@ -127,21 +143,29 @@ def _axes(attributes: _Attributes, given: Array | None) -> tuple[int, ...] | Non
 
 
 def _cast(attributes: _Attributes, x: Array) -> Array:
-    """Sizes are whole in every type; the declared one says what to make of them later."""
+    """Whole sizes are so in every type; the declared one says what to make of them later."""
     import onnx_ir as ir
 
     to = ir.DataType(attributes.get("to"))
     declared = to.is_integer() or (to.is_floating_point() and attributes.dtype == to)
     if not declared:
-        raise _Undecided
-    return x
+        raise ratios.Undecided
+    return _each(ratios.truncated, ratios.part)(attributes, x) if to.is_integer() else x
+
+
+def _multiply(attributes: _Attributes, a: Array, b: Array) -> Array:
+    if attributes.floats:
+        return _each(ratios.times, ratios.part)(attributes, a, b)
+    return _each(lambda a, b: a * b)(attributes, a, b)
 
 
 def _divide(attributes: _Attributes, a: Array, b: Array) -> Array:
+    if attributes.floats:
+        return _each(ratios.over, ratios.part)(attributes, a, b)
     # Towards zero as ONNX has it, and down as Python has it, are the same above zero.
     whole = all(np.asarray(value).dtype.kind in "iuO" for value in (a, b))
     if not whole or (attributes.dtype is not None and not attributes.dtype.is_integer()):
-        raise _Undecided
+        raise ratios.Undecided
     return _each(lambda a, b: _at_least(a, 0) // _at_least(b, 1))(attributes, a, b)
 
 
@@ -160,7 +184,7 @@ def _slice(
     where = [slice(None)] * x.ndim
     for start, end, axis, step in zip(first, last, along, by, strict=True):
         if step < 0:
-            raise _Undecided
+            raise ratios.Undecided
         where[axis] = slice(start, end, step)
     return as_tensor(x[tuple(where)])
 
@@ -191,17 +215,28 @@ def _reshape(attributes: _Attributes, x: Array, target: Array) -> Array:
 
 def _at_least(x: Any, least: int) -> Any:
     if not x >= least:
-        raise _Undecided
+        raise ratios.Undecided
     return x
 
 
-def _each(function: Callable[..., Any]) -> Callable[..., Array]:
+def _plain(item: Any) -> Any:
+    """An element that is whole."""
+    if isinstance(item, float) and not item.is_integer():
+        raise ratios.Undecided
+    if isinstance(item, (Fraction, ratios.Ratio)):
+        raise ratios.Undecided
+    return int(item) if isinstance(item, float) else item
+
+
+def _each(
+    function: Callable[..., Any], read: Callable[[Any], Any] = _plain
+) -> Callable[..., Array]:
     """A function of sizes, on all elements of tensors that broadcast."""
 
     def on_tensors(attributes: _Attributes, *values: Array) -> Array:
         wide = np.broadcast_arrays(*(np.asarray(value, object) for value in values))
         rows = zip(*(one.flat for one in wide), strict=True)
-        results = [function(*(_plain(item) for item in row)) for row in rows]
+        results = [function(*(read(_python(item)) for item in row)) for row in rows]
         if all(isinstance(one, bool) for one in results):
             return np.asarray(results, bool).reshape(wide[0].shape)
         made = np.empty(len(results), object)
@@ -211,14 +246,8 @@ def _each(function: Callable[..., Any]) -> Callable[..., Array]:
     return on_tensors
 
 
-def _plain(item: Any) -> Any:
-    """An element as Python has it; a float only if it is whole."""
-    item = item.item() if isinstance(item, np.generic) else item
-    if not isinstance(item, float):
-        return item
-    if not item.is_integer():
-        raise _Undecided
-    return int(item)
+def _python(item: Any) -> Any:
+    return item.item() if isinstance(item, np.generic) else item
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -227,7 +256,7 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a - b == 0)
     if a < b or a > b:
         return False
-    raise _Undecided
+    raise ratios.Undecided
 
 
 def _larger(a: Any, b: Any) -> Any:
@@ -242,8 +271,8 @@ def _reduction(function: Callable[[Any, Any], Any]) -> Callable[..., Array]:
     def over_all(attributes: _Attributes, x: Array, axes: Array | None = None) -> Array:
         along = _axes(attributes, axes)
         if x.ndim != 1 or along not in (None, (0,), (-1,)):
-            raise _Undecided
-        made = as_tensor(reduce(function, x.flat))
+            raise ratios.Undecided
+        made = as_tensor(reduce(function, map(_plain, x.flat)))
         return made.reshape(1) if attributes.get("keepdims", 1) else made.reshape(())
 
     return over_all
@@ -255,13 +284,13 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "Concat": lambda attributes, *values: as_tensor(
         np.concatenate([np.asarray(v, object) for v in values], attributes.get("axis", 0))
     ),
-    "Ceil": lambda attributes, x: x,
+    "Ceil": _each(ratios.ceil, ratios.part),
     "Div": _divide,
     "Equal": _each(_equal),
     "Expand": lambda attributes, x, target: np.broadcast_to(
         x, np.broadcast_shapes(x.shape, tuple(_numbers(target)))
     ),
-    "Floor": lambda attributes, x: x,
+    "Floor": _each(ratios.floor, ratios.part),
     "Gather": _gather,
     "Greater": _each(lambda a, b: bool(a > b)),
     "GreaterOrEqual": _each(lambda a, b: bool(a >= b)),
@@ -271,7 +300,7 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "Max": _each(lambda *sizes: reduce(_larger, sizes)),
     "Min": _each(lambda *sizes: reduce(_smaller, sizes)),
     "Mod": _each(lambda a, b: _at_least(a, 0) % _at_least(b, 1)),
-    "Mul": _each(lambda a, b: a * b),
+    "Mul": _multiply,
     "Neg": _each(lambda a: -a),
     "ReduceMax": _reduction(_larger),
     "ReduceMin": _reduction(_smaller),

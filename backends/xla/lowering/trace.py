@@ -67,12 +67,18 @@ class NeedsValue(Unsupported):
         value: The operand, for those who can make it known.
     """
 
-    def __init__(self, cause: str, *, about: str, value: ir.Value | None) -> None:
+    def __init__(
+        self, cause: str, *, about: str, value: ir.Value | None, symbols: Iterable[str] = ()
+    ) -> None:
         self.value = value
+        fixed = " and ".join(symbols)
+        sizes = " ".join(f"{name}=SIZE" for name in symbols)
+        otherwise = f"fix {fixed} with --shape {sizes}, " if fixed else ""
         super().__init__(
             cause,
             about=about,
-            remedy="store it in the model as an initializer, or give the output a static shape",
+            remedy=f"{otherwise}store it in the model as an initializer, or give the output a "
+            "static shape",
         )
 
 
@@ -150,6 +156,7 @@ class Op:
             "which is not known before the program runs",
             about=self.label,
             value=operand,
+            symbols=tuple(self.frame.symbols),
         )
 
     def refuse(self, cause: str, *, remedy: str = "") -> Unsupported:

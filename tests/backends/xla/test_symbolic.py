@@ -55,7 +55,7 @@ def assert_serves_every_batch(
             have = call(weights, dict(feed))
         for name, want in zip(names, session.run(names, dict(feed)), strict=True):
             assert have[name].shape == want.shape
-            scale = float(np.abs(want).max())
+            scale = float(np.abs(want).max(initial=0))
             np.testing.assert_allclose(have[name], want, rtol=1e-4, atol=1e-5 * scale)
 
 
@@ -195,6 +195,54 @@ def test_shape_arithmetic_of_an_exporter() -> None:
 
     session = ort.InferenceSession(proto.SerializeToString())
     assert_serves_every_batch(ir.from_proto(proto), session, draw, "batch")
+
+
+FLOATS = """main (float[batch, 6] x) => (float[a, 3] y, float[c, 2] z, float[d, 6] w)
+{
+   s = Shape(x)
+   f = Cast<to = 1>(s)
+   m = Mul(f, halves)
+   mf = Floor(m)
+   mi = Cast<to = 7>(mf)
+   y = Slice(x, zeros, mi)
+   q = Div(f, thirds)
+   qc = Ceil(q)
+   qi = Cast<to = 7>(qc)
+   z = Slice(x, zeros, qi)
+   n = Min(f, most)
+   ni = Cast<to = 7>(n)
+   w = Slice(x, zeros, ni)
+}"""
+
+
+def test_shape_arithmetic_in_floats() -> None:
+    """Sizes through float constants: halves rounded down, thirds rounded up, the smaller."""
+    proto = parse(
+        FLOATS,
+        halves=np.array([0.5, 0.5], np.float32),
+        thirds=np.array([3, 3], np.float32),
+        most=np.array([1, 9999], np.float32),
+        zeros=np.array([0, 0]),
+    )
+    session = ort.InferenceSession(proto.SerializeToString())
+    rng = np.random.default_rng(0)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    assert_serves_every_batch(
+        model, session, lambda size: {"x": rng.random((size, 6)).astype(np.float32)}, "batch"
+    )
+    _, program = exported(model, "batch")
+    rows = {str(out.shape[0]) for out in program.out_avals}
+    assert {"1", "floordiv(batch, 2)"} < rows
+
+
+@pytest.mark.parametrize("factor", [0.3, float("inf")])
+def test_a_part_of_a_size_that_rounding_could_change_is_refused(factor: float) -> None:
+    text = """main (float[N] x) => (float[k] y)
+        { s = Shape(x) f = Cast<to = 1>(s) m = Mul(f, c) i = Cast<to = 7>(m) y = Slice(x, z, i) }"""
+    proto = parse(text, c=np.array([factor], np.float32), z=np.array([0]))
+    with pytest.raises(Unsupported, match="Slice takes a shape from the value of 'i'") as error:
+        exported(ir.from_proto(onnx.shape_inference.infer_shapes(proto)), "N")
+    assert "fix N with --shape N=SIZE" in error.value.remedy
 
 
 def test_a_batch_and_a_length_are_symbolic_together() -> None:

@@ -153,7 +153,7 @@ def slice_by_inputs(
     op: Op, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None
 ) -> Any:
     if not all(op.known(value) for value in (starts, ends, axes, steps)):
-        return _slice_at_run_time(op, x, starts, axes, steps)
+        return _slice_at_run_time(op, x, starts, ends, axes, steps)
     first, last = op.sizes(1, starts), op.sizes(2, ends)
     along = list(range(len(first))) if axes is None else op.ints(3, axes)
     by = [1] * len(first) if steps is None else op.ints(4, steps)
@@ -181,11 +181,12 @@ _FAR = 2**31 - 1
 """An end from which a slice goes through the last element of any axis."""
 
 
-def _slice_at_run_time(op: Op, x: Any, starts: Any, axes: Any, steps: Any) -> Any:
+def _slice_at_run_time(op: Op, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
     """Slice to a promised shape from a start that the program computes."""
     promised = op.shape()
     if promised is None:
-        raise op.needs(1)
+        given = (starts, ends, axes, steps)
+        raise op.needs(next(slot for slot, one in enumerate(given, 1) if not op.known(one)))
     count = starts.shape[0]
     along = jnp.arange(count) if axes is None else jnp.asarray(axes) % x.ndim
     by = jnp.ones((count,), "int64") if steps is None else jnp.asarray(steps)
