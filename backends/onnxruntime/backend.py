@@ -88,6 +88,9 @@ class OnnxRuntimeBackend:
             if not any(cache.past in f for cache in generator.caches for f in request.samples):
                 generator = share_caches(model, generator)
             inputs, outputs = models.signature(model)
+        # ONNX Runtime does without; whoever else reads the file asks what its operators are of.
+        for node in model.graph.all_nodes():
+            model.opset_imports.setdefault(node.domain, 1)
         # A generator's weights are read by two graphs, and so are never inside of one.
         external = True if generator is not None else None
         files = models.save(model, request.folder / "model.onnx", external=external)
