@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     import numpy as np
 
+    from trivium.compiler.types import TensorInfo
+
 Form = Literal["growing", "static", "shared", "ragged", "stateful"]
 """How caches are kept: ``growing`` by concatenation; ``static``, buffers that are given and come
 back, written from one place on; ``shared``, buffers that the engine writes in place; ``ragged``,
@@ -207,6 +209,21 @@ class Generator:
             "source": Source.from_json(source) if source else None,
         }
         return cls(**{**table, **lists, **beside})
+
+
+def program_sizes(generator: Generator, inputs: Sequence[TensorInfo]) -> dict[str, dict[str, int]]:
+    """The sizes that each program of a generator gives to symbolic dimensions of its inputs."""
+    infos = {info.name: info for info in inputs}
+    new = infos[generator.tokens].shape[1]
+    places = infos[generator.chosen].shape[0] if generator.chosen is not None else None
+    return {
+        role.program: {
+            dim: size
+            for dim, size in {new: role.tokens, places: role.logits}.items()
+            if isinstance(dim, str) and size
+        }
+        for role in generator.programs
+    }
 
 
 class Cache(Protocol):

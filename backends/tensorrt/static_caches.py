@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trivium.compiler.generation.slots import SlotDecoder
-from trivium.compiler.generator import Generator
+from trivium.compiler.generator import Generator, program_sizes
 from trivium.compiler.passing import (
     NodePass,
     attribute,
@@ -117,15 +117,10 @@ def workloads(
     generator: Generator, inputs: Sequence[TensorInfo], workload: Workload
 ) -> dict[str, Workload]:
     """The sizes of every dimension in each program of a generator."""
-    infos = {info.name: info for info in inputs}
-    new = infos[generator.tokens].shape[1]
-    places = infos[generator.chosen].shape[0] if generator.chosen is not None else None
-    made = {}
-    for role in generator.programs:
-        own = {new: role.tokens, places: role.logits}
-        fixed = {dim: size for dim, size in own.items() if isinstance(dim, str) and size}
-        made[role.program] = with_fields(workload, dims={**workload.dims, **fixed}, buckets={})
-    return made
+    return {
+        program: with_fields(workload, dims={**workload.dims, **sizes}, buckets={})
+        for program, sizes in program_sizes(generator, inputs).items()
+    }
 
 
 class CheckedDecoder(SlotDecoder):

@@ -22,6 +22,7 @@ from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
+from trivium.compiler.generator import program_sizes
 from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.cost import Profile
-    from trivium.compiler.generator import Generator
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
@@ -85,7 +85,8 @@ class XlaBackend:
         if generator is None:
             cases = {_case_name(case): dict(case.dims) for case in shapes.each(request.workload)}
         else:
-            cases = _generator_cases(generator, models.signature(model)[0], request.workload)
+            own = program_sizes(generator, models.signature(model)[0])
+            cases = {name: {**request.workload.dims, **fixed} for name, fixed in own.items()}
         sizes = _representative(model, request, device)
         shapes.require_static(
             _without_buckets(model, request.workload),
@@ -163,21 +164,6 @@ def _case_name(case: Workload) -> str:
     """What the program of one combination of buckets is called: ``main`` if there is but one."""
     name = "-".join(f"{dim}{case.dims[dim]}" for dim in case.buckets)
     return re.sub(r"[^\w-]", "_", name) or "main"
-
-
-def _generator_cases(
-    generator: Generator, inputs: Sequence[TensorInfo], workload: Workload
-) -> dict[str, dict[str, int]]:
-    """The sizes of dimensions that each program of a generator has."""
-    infos = {info.name: info for info in inputs}
-    new = infos[generator.tokens].shape[1]
-    places = infos[generator.chosen].shape[0] if generator.chosen is not None else None
-    cases = {}
-    for role in generator.programs:
-        own = {new: role.tokens, places: role.logits}
-        fixed = {dim: size for dim, size in own.items() if isinstance(dim, str) and size}
-        cases[role.program] = {**workload.dims, **fixed}
-    return cases
 
 
 def _without_buckets(model: ir.Model, workload: Workload) -> list[TensorInfo]:
