@@ -27,7 +27,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sharding import LLAMA_2_7B, model  # type: ignore[import-not-found]
 
-from trivium.backends.xla import cost, hlo, partition, platforms, sharding, worker
+from trivium.backends.xla import (
+    compiling,
+    cost,
+    exporting,
+    hlo,
+    partition,
+    platforms,
+    sharding,
+    worker,
+)
 from trivium.backends.xla.lowering import lower
 from trivium.compiler import shapes, targets
 from trivium.compiler.errors import BadInput
@@ -84,7 +93,7 @@ def measure(shape: str, name: str, batch: int, new: int) -> dict[str, Any]:
     shapes.bind(made, Workload(dims={"seq": new}))
     estimate = cost.estimate(made, target, Workload())
     started = time.perf_counter()
-    devices = worker.compile_devices(device)
+    devices = compiling.compile_devices(device)
     if sharding.stages(made, len(devices)) > 1:
         raise BadInput("it fits only in stages, which this table leaves out", about=name)
     layout = sharding.read(made, len(devices))
@@ -93,19 +102,19 @@ def measure(shape: str, name: str, batch: int, new: int) -> dict[str, Any]:
     split = partition.SINGLE
     if layout is not None:
         split = partition.annotated(layout, made.graph, lowered.places)
-        lowered = lower(made, shardings=worker.constraints(layout, split))
+        lowered = lower(made, shardings=exporting.constraints(layout, split))
     spread = split if layout is not None else None
-    exported = worker.export(lowered, device, "default", caches, spread)
-    compiling = partial(worker.compile_export, exported, lowered, split, devices, caches)
-    compiled = compiling()
+    exported = exporting.export(lowered, device, "default", caches, spread)
+    again = partial(compiling.compile_export, exported, lowered, split, devices, caches)
+    compiled = again()
     cached = sum(_bytes(v, split) for v in made.graph.inputs if v.name in caches)
     return {
         "mesh": layout.name if layout is not None else "one device",
         "devices": len(devices),
-        "memory": worker.memory_of(compiled),
+        "memory": compiling.memory_of(compiled),
         "weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items()),
         "caches": cached,
-        "collectives": hlo.collectives(worker.text_of(compiled, compiling)),
+        "collectives": hlo.collectives(compiling.text_of(compiled, again)),
         "seconds": time.perf_counter() - started,
         "predicted": estimate.seconds,
         "links": sum(op.seconds for op in estimate.by_op if op.bound == "link"),

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sharding import LLAMA_2_7B, model  # type: ignore[import-not-found]
 
-from trivium.backends.xla import partition, platforms, worker
+from trivium.backends.xla import compiling, exporting, partition, platforms
 from trivium.backends.xla.lowering import lower
 from trivium.compiler import shapes, targets
 from trivium.compiler.types import Workload
@@ -39,18 +39,18 @@ def measure(name: str, layers: int, roll: bool) -> dict[str, Any]:
     device = platforms.device_of(targets.find(name))
     made = model(layers, LLAMA_2_7B)
     shapes.bind(made, Workload(dims={"batch": 8, "seq": 128}))
-    devices = worker.compile_devices(device)
+    devices = compiling.compile_devices(device)
     busy, started = time.process_time(), time.perf_counter()
     lowered = lower(made, roll=roll)
     assert bool(lowered.stacks) == roll
-    exported = worker.export(lowered, device, "default")
+    exported = exporting.export(lowered, device, "default")
     traced = time.perf_counter()
-    compiled = worker.compile_export(exported, lowered, partition.SINGLE, devices[:1])
+    compiled = compiling.compile_export(exported, lowered, partition.SINGLE, devices[:1])
     return {
         "trace": traced - started,
         "compile": time.perf_counter() - traced,
         "cpu": time.process_time() - busy,
-        "memory": worker.memory_of(compiled),
+        "memory": compiling.memory_of(compiled),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trivium.backends.xla import hlo, partition, platforms, sharding, worker
+from trivium.backends.xla import compiling, exporting, hlo, partition, platforms, sharding, worker
 from trivium.backends.xla.lowering import lower
 from trivium.compiler import plugins, shapes, targets
 from trivium.compiler.types import Workload
@@ -101,19 +101,19 @@ def measure(topology: str, mesh: str, layers: int, batch: int, seq: int) -> dict
     Shard(mesh)(made)
     shapes.bind(made, Workload(dims={"batch": batch, "seq": seq}))
     started = time.perf_counter()
-    devices = worker.compile_devices(device)
+    devices = compiling.compile_devices(device)
     layout = sharding.read(made, len(devices))
     lowered = lower(made)
     split, spread = partition.SINGLE, None
     if layout is not None:
         split = spread = partition.annotated(layout, made.graph, lowered.places)
-        lowered = lower(made, shardings=worker.constraints(layout, split))
-    exported = worker.export(lowered, device, "default", split=spread)
-    compiling = partial(worker.compile_export, exported, lowered, split, devices)
-    compiled = compiling()
-    text = worker.text_of(compiled, compiling)
+        lowered = lower(made, shardings=exporting.constraints(layout, split))
+    exported = exporting.export(lowered, device, "default", split=spread)
+    again = partial(compiling.compile_export, exported, lowered, split, devices)
+    compiled = again()
+    text = compiling.text_of(compiled, again)
     return {
-        "memory": worker.memory_of(compiled),
+        "memory": compiling.memory_of(compiled),
         "weights": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items()),
         "collectives": hlo.collectives(text),
         "seconds": time.perf_counter() - started,

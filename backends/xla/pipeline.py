@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.backends.xla import hlo, partition, sharding
+from trivium.backends.xla import hlo, partition, sharding, simulation
+from trivium.backends.xla.compiling import compile_export, memory_of, text_of
+from trivium.backends.xla.exporting import Json, constraints, export, outputs_of
 from trivium.backends.xla.partition import Partition
 from trivium.backends.xla.platforms import Device
 
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.backends.xla.lowering.quantized import Mode
-
-Json = dict[str, Any]
 
 
 def build(
@@ -67,7 +67,6 @@ def _stage(
     device: Device,
     devices: Sequence[Any],
 ) -> Json:
-    from trivium.backends.xla import worker
     from trivium.backends.xla.lowering import lower
 
     folder = Path(job["folder"])
@@ -77,9 +76,9 @@ def _stage(
 
     def exported(split: Partition, device: Device, kind: str) -> tuple[Any, Any]:
         spread = split if split.devices > 1 else None
-        shardings = worker.constraints(layout, split) if spread is not None else None
+        shardings = constraints(layout, split) if spread is not None else None
         lowered = lower(model, quantized=mode, shardings=shardings)
-        made = worker.export(lowered, device, job["precision"], caches, spread)
+        made = export(lowered, device, job["precision"], caches, spread)
         (folder / f"{name}.{kind}.stablehlo").write_bytes(made.serialize())
         return lowered, made
 
@@ -87,12 +86,12 @@ def _stage(
     simulated = None
     if job["verified"]:
         small = partition.reduced(split)
-        simulated = worker.simulated(name, split, small, lowered)
+        simulated = simulation.described(name, split, small, lowered)
         if small != split:
             exported(small, Device("cpu"), "simulated")
-    compiling = partial(worker.compile_export, made, lowered, split, devices, caches)
+    compiling = partial(compile_export, made, lowered, split, devices, caches)
     compiled = compiling()
-    text = worker.text_of(compiled, compiling)
+    text = text_of(compiled, compiling)
     (folder / f"{name}.hlo.txt").write_text(text, encoding="utf-8")
     return {
         "name": name,
@@ -100,10 +99,10 @@ def _stage(
         "partition": split.to_json(),
         "simulated": simulated,
         "inputs": [info.name for info in lowered.inputs],
-        "outputs": [asdict(info) for info in worker.outputs_of(lowered, made)],
+        "outputs": [asdict(info) for info in outputs_of(lowered, made)],
         "weights": list(lowered.weights),
         "weights_bytes": sum(t.nbytes // split.shards(n) for n, t in lowered.weights.items()),
-        "memory": worker.memory_of(compiled),
+        "memory": memory_of(compiled),
         "collectives": hlo.collectives(text),
     }
 

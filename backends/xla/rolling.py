@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trivium.backends.xla.compiling import memory_of
 from trivium.compiler.errors import Unsupported
 
 if TYPE_CHECKING:
-    from trivium.backends.xla.worker import Attempt
+    from trivium.backends.xla.programs import Attempt
 
 SOON, SHORTER, LARGER = 20.0, 0.6, 1.1
 CHOICES = ("auto", "always", "never")
@@ -81,14 +82,10 @@ def _hindrance(job: Mapping[str, Any], wish: str) -> str:
 
 
 def _bytes(one: Attempt) -> int:
-    from trivium.backends.xla.worker import memory_of
-
     return sum(memory_of(one.compiled).values())
 
 
 def _measures(one: Attempt) -> dict[str, float]:
-    from trivium.backends.xla.worker import memory_of
-
     return {
         "trace_seconds": round(one.trace_seconds, 3),
         "compile_seconds": round(one.compile_seconds, 3),

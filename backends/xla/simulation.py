@@ -49,6 +49,19 @@ def devices_of(artifact: Artifact) -> int:
     return most
 
 
+def described(name: str, split: Partition, small: Partition, lowered: Any) -> dict[str, Any]:
+    """What is run here of a program that is spread: its export if it is another, how that
+    is spread, and the bytes of all shards of the weights together.
+    """
+    kind = "sharded" if small == split else "simulated"
+    copies = {n: small.devices // small.shards(n) for n in lowered.weights}
+    return {
+        "file": f"{name}.{kind}.stablehlo" if split.kind == "annotated" else None,
+        "partition": small.to_json(),
+        "bytes": sum(tensor.nbytes * copies[n] for n, tensor in lowered.weights.items()),
+    }
+
+
 def hindrance(artifact: Artifact) -> str | None:
     """Why this machine cannot simulate an artifact's devices, or None."""
     try:

@@ -210,10 +210,10 @@ def test_a_device_that_is_too_small(bytes_: int, part: str, tmp_path: Path) -> N
 TENSOR_PARALLEL = """
 import jax, json, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from trivium.backends.xla import hlo, worker
+from trivium.backends.xla import hlo, compiling
 from trivium.backends.xla.platforms import Device
 
-mesh = Mesh(np.array(worker.compile_devices(Device("tpu", 4, "v5e:2x2"))), ("chips",))
+mesh = Mesh(np.array(compiling.compile_devices(Device("tpu", 4, "v5e:2x2"))), ("chips",))
 on = lambda *axes: NamedSharding(mesh, P(*axes))
 of = lambda *shape: jax.ShapeDtypeStruct(shape, np.float16)
 block = jax.jit(
@@ -232,7 +232,7 @@ class Unreadable:
         raise jax.errors.JaxRuntimeError("async-update instruction should have 1 operands")
 
 compiled = lowered.compile()
-texts = worker.text_of(compiled, again), worker.text_of(Unreadable(), again)
+texts = compiling.text_of(compiled, again), compiling.text_of(Unreadable(), again)
 print(json.dumps([hlo.collectives(text) for text in texts]))
 """
 

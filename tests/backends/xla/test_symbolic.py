@@ -16,8 +16,8 @@ import pytest
 
 import trivium
 from trivium.backends.xla import platforms
+from trivium.backends.xla.exporting import avals, export, symbols_of
 from trivium.backends.xla.lowering import lower, precise
-from trivium.backends.xla.worker import avals, export, symbols_of
 from trivium.compiler import model as models
 from trivium.compiler import shapes
 from trivium.compiler.errors import BadInput, Unsupported

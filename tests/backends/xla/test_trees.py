@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from trivium.backends.xla import onnx_backend, platforms
+from trivium.backends.xla.exporting import export, symbols_of
 from trivium.backends.xla.lowering import lower, precise
-from trivium.backends.xla.worker import export, symbols_of
 from trivium.compiler.errors import Unsupported
 
 jax = pytest.importorskip("jax", reason="the xla backend needs the extra trivium[tpu]")
