@@ -84,6 +84,8 @@ class Backend(Protocol):
     One that can drive generators says in an attribute ``cache_form`` which caches it wants; its
     executables then are `trivium.compiler.generation.executable.GeneratorExecutable`.
 
+    One that takes options (``--option``) lists them in ``options``; see `trivium.compiler.options`.
+
     One that follows a model's annotations of how it is spread over devices has ``spreads`` set, so
     that a planner asks its ``estimate``. One that can show more of its target than ``load`` does,
     at the price of time, has ``load_to_verify`` beside it.

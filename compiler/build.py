@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trivium
-from trivium.compiler import cache, checksums, parts, reference, samples, verify
+from trivium.compiler import cache, checksums, parts, reference, samples, steps, verify
 from trivium.compiler import model as models
-from trivium.compiler import recipe as recipes
 from trivium.compiler.artifact import Artifact, staged, write_manifest
 from trivium.compiler.backend import BuildRequest
 from trivium.compiler.errors import AccuracyFailed, ToolchainMissing, blaming
@@ -21,21 +20,17 @@ from trivium.compiler.job import Generating, Job, resolve
 from trivium.compiler.prepare import (
     Prepared,
     Progress,
-    legalize,
-    predict,
     refused,
-    run_recipe,
     silent,
 )
 from trivium.compiler.recipe import Applied, Recipe
-from trivium.compiler.types import Built, Estimate, Target, Workload
+from trivium.compiler.steps import Piece, Ready
+from trivium.compiler.types import Built, Estimate, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.backend import Tensors
-    from trivium.compiler.generator import Generator
-    from trivium.compiler.parts import Part
 
 
 def compile(
@@ -125,9 +120,7 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     feeds, source, no_reference = job.run_reference()
 
     progress(f"recipe {job.recipe.name}")
-    # What has to see the caches of a generator runs after they are made, and changes no number.
-    before, after = recipes.split(job.recipe)
-    applied = run_recipe(model, before, job.context(feeds))
+    applied = steps.optimize(job, feeds)
     tolerance = verify.tolerance_for(model)
     inputs, outputs = models.signature(model)
     signature = {
@@ -139,29 +132,18 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
         optimized = reference.run_model(model, feeds)
 
     expected = optimized.outputs if optimized is not None and not random else ()
-    samples = Samples(feeds, expected)
-    generator: Generator | None = None
-    inserted: list[Applied] = []
-    generating.with_source(model, job)
-    if parts.PARTS in model.metadata_props:
-        applied += recipes.run(after, model, job.context(feeds))
-        pieces = parts.split(model)
-        prepared, built, estimate, inserted = _build_parts(folder, job, pieces, samples, progress)
-        applied += inserted
-        generator = built.generator
-    else:
-        generator, workload, inserted = generating.prepare(model, job)
-        applied += inserted + recipes.run(after, model, job.context(feeds))
-        prepared = _legalize([model], job, workload, progress)[0]
-        step = prepared if generator is None else generating.one_step(prepared, generator)
-        estimate = predict(step, job.target)
-        built = _build(folder, job, prepared, samples, estimate, progress, generator)
+    ready = steps.ready(job, feeds, applied, progress)
+    whole = _whole(ready, model)
+    if ready.refusals:
+        raise refused(whole, job.target)
+    built = _build(folder, job, ready, Samples(feeds, expected), progress)
     (folder / "recipe.lock.toml").write_text(job.lock(), encoding="utf-8")
-    manifest = _manifest(job, prepared, built, estimate, applied)
+    manifest = _manifest(job, whole, built, ready)
+    generator = built.generator or ready.generator
     if generator is not None:
         generating.carry_files(job.source, folder)
-        manifest["generator"] = (built.generator or generator).to_json()
-        if inserted:
+        manifest["generator"] = generator.to_json()
+        if ready.inserted:
             # It runs on what the source runs on; its caches are its own affair.
             manifest |= signature
 
@@ -171,8 +153,8 @@ def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     elif random:
         verification = verify.Verification("not-run", "the model draws random numbers")
     else:
-        if generator is not None and inserted:
-            source, optimized = generating.logits_of(generator, feeds, source, optimized)
+        if ready.generator is not None and ready.inserted:
+            source, optimized = generating.logits_of(ready.generator, feeds, source, optimized)
         verification = _verify(folder, job, manifest, feeds, source, optimized, tolerance)
     if verification.status == "failed":
         raise AccuracyFailed(
@@ -193,81 +175,50 @@ class Samples:
     expected: Sequence[Tensors]
 
 
-def _legalize(
-    pieces: Sequence[ir.Model], job: Job, workload: Workload, progress: Progress
-) -> list[Prepared]:
-    """Legalize models for the backend; all that it refuses in any of them is one error."""
-    progress(f"legalizing for {job.backend.name}")
-    prepared = [legalize(piece, job.backend, job.target, workload) for piece in pieces]
-    refusals = tuple(line for one in prepared for line in one.refusals)
-    if refusals:
-        raise refused(replace(prepared[0], refusals=refusals), job.target)
-    return prepared
+def _whole(ready: Ready, model: ir.Model) -> Prepared:
+    """The pieces as one, with the inputs and outputs of the model that they are of."""
+    first = ready.pieces[0].prepared
+    if not ready.in_parts:
+        return first
+    inputs, outputs = models.signature(model)
+    return replace(
+        first, applied=ready.legalized, refusals=ready.refusals, inputs=inputs, outputs=outputs
+    )
 
 
-def _build(
-    folder: Path,
-    job: Job,
-    prepared: Prepared,
-    samples: Samples,
-    estimate: Estimate,
-    progress: Progress,
-    generator: Generator | None = None,
-) -> Built:
+def _build(folder: Path, job: Job, ready: Ready, samples: Samples, progress: Progress) -> Built:
+    """Build each piece, those of a model in parts in folders of their own."""
     progress(f"building with {job.backend.name}")
+    if not ready.in_parts:
+        return _build_piece(folder, job, ready.pieces[0], samples)
+    built = {}
+    for piece in ready.pieces:
+        own = folder / piece.name
+        own.mkdir()
+        known = parts.samples_of(piece.prepared, samples.feeds, samples.expected)
+        built[piece.name] = _build_piece(own, job, piece, Samples(*known))
+    last = ready.pieces[-1]
+    if built[last.name].generator is None:
+        built[last.name] = replace(built[last.name], generator=last.generator)
+    return parts.joined(built, {piece.name: piece.signature for piece in ready.pieces})
+
+
+def _build_piece(folder: Path, job: Job, piece: Piece, samples: Samples) -> Built:
     request = BuildRequest(
         job.target,
-        prepared.workload,
+        piece.prepared.workload,
         folder,
         samples=samples.feeds,
         expected=samples.expected,
         options=job.options,
-        estimate=estimate,
-        generator=generator,
+        estimate=piece.estimate,
+        generator=piece.generator,
     )
     with blaming(f"backend {job.backend.name}"):
-        return job.backend.build(prepared.model, request)
+        return job.backend.build(piece.prepared.model, request)
 
 
-def _build_parts(
-    folder: Path, job: Job, pieces: Sequence[Part], samples: Samples, progress: Progress
-) -> tuple[Prepared, Built, Estimate, list[Applied]]:
-    """Build each part in a folder of its own; the artifact's signature is that of the whole.
-
-    The last one becomes a generator if it is a decoder that sees; what is predicted is then a step
-    of it.
-    """
-    whole, last = models.signature(job.model), pieces[-1]
-    signatures = {piece.name: models.signature(piece.model) for piece in pieces}
-    generator, workload, inserted = generating.prepare_part(last.model, job.model, job)
-    prepared = _legalize([piece.model for piece in pieces], job, job.workload, progress)
-    estimates = {
-        piece.name: predict(one, job.target)
-        for piece, one in zip(pieces, prepared, strict=True)
-        if generator is None or piece is not last
-    }
-    if generator is not None:
-        step = replace(prepared[-1], workload=workload)
-        estimates[last.name] = predict(generating.one_step(step, generator), job.target)
-    built = {}
-    for piece, one in zip(pieces, prepared, strict=True):
-        own = folder / piece.name
-        own.mkdir()
-        ready = Samples(*parts.samples_of(one, samples.feeds, samples.expected))
-        driven = generator if piece is last else None
-        estimate = estimates[piece.name]
-        built[piece.name] = _build(own, job, one, ready, estimate, progress, driven)
-    if generator is not None and built[last.name].generator is None:
-        built[last.name] = replace(built[last.name], generator=generator)
-    applied = tuple(row for one in prepared for row in one.applied)
-    shown = replace(prepared[0], applied=applied, inputs=whole[0], outputs=whole[1])
-    estimate = parts.total(estimates) if generator is None else estimates[last.name]
-    return shown, parts.joined(built, signatures), estimate, inserted
-
-
-def _manifest(
-    job: Job, prepared: Prepared, built: Built, estimate: Estimate, applied: Sequence[Applied]
-) -> dict[str, Any]:
+def _manifest(job: Job, prepared: Prepared, built: Built, ready: Ready) -> dict[str, Any]:
     """What is known before the verification; `write_manifest` adds schema and checksums."""
     return {
         "trivium": trivium.__version__,
@@ -279,7 +230,7 @@ def _manifest(
             "name": job.recipe.name,
             "preserves": job.recipe.preserves,
             "lock": "recipe.lock.toml",
-            "applied": [asdict(row) for row in (*applied, *prepared.applied)],
+            "applied": [asdict(row) for row in (*ready.applied, *ready.legalized)],
         },
         "toolchain": job.backend.toolchain(),
         "workload": {
@@ -294,7 +245,7 @@ def _manifest(
         "weights": built.weights,
         "memory": dict(built.memory),
         "details": dict(built.details),
-        "estimate": estimate_json(estimate),
+        "estimate": estimate_json(ready.estimate),
         "parts": list(built.parts),
         "generator": None,
         "notes": [*models.notes_of(job.model), *built.notes],
@@ -344,8 +295,10 @@ def _verify(
     )
 
 
-def estimate_json(estimate: Estimate) -> dict[str, Any]:
+def estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
     """An estimate as the manifest and ``--json`` show it."""
+    if estimate is None:
+        return None
     table = asdict(estimate)
     table["by_op"] = [
         {
@@ -397,8 +350,13 @@ def dry_run(
     shape: Sequence[str] = (),
     calibration: str | os.PathLike[str] | Iterable[Tensors] | None = None,
     seed: int = 0,
+    options: Mapping[str, str] | None = None,
+    generator: bool | None = None,
+    context: int | None = None,
+    prefill: Sequence[int] = (),
+    guesses: int = 0,
 ) -> DryRun:
-    """Run the passes and the cost model, build nothing."""
+    """Run the passes and the cost model, build nothing; see `compile`."""
     job = resolve(
         source,
         target,
@@ -407,17 +365,16 @@ def dry_run(
         shape=shape,
         calibration=calibration,
         seed=seed,
+        options=options,
+        generating=Generating(generator, context, tuple(sorted(set(prefill))), guesses),
     )
-    applied = run_recipe(job.model, job.recipe, job.context(job.feeds()))
-    prepared = legalize(job.model, job.backend, job.target, job.workload)
-    estimate = None
-    if not prepared.refusals:
-        estimate = predict(prepared, job.target)
+    feeds = job.feeds()
+    made = steps.ready(job, feeds, steps.optimize(job, feeds))
     return DryRun(
         job.target.name,
         job.backend.name,
         job.recipe.name,
-        (*applied, *prepared.applied),
-        prepared.refusals,
-        estimate,
+        (*made.applied, *made.legalized),
+        made.refusals,
+        None if made.refusals else made.estimate,
     )

@@ -444,7 +444,8 @@ def _add_listing(verbs: Verbs) -> None:
     where = "commands.listing"
     verb = _verb(verbs, "targets", where, "list the devices, with their figures and sources")
     verb.add_argument("name", nargs="?", metavar="NAME")
-    _verb(verbs, "backends", where, "list the backends and whether they can build here")
+    verb = _verb(verbs, "backends", where, "list the backends, or show one with its options")
+    verb.add_argument("name", nargs="?", metavar="NAME")
     verb = _verb(verbs, "passes", where, "list passes and recipes, or show one with its options")
     verb.add_argument("name", nargs="?", metavar="NAME")
     _verb(verbs, "doctor", where, "say what is installed and what each missing extra would add")

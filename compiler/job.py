@@ -18,6 +18,7 @@ from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.feeds import read as read_feeds
+from trivium.compiler.options import values_of
 from trivium.compiler.prepare import Progress, choose_backend, silent
 from trivium.compiler.recipe import Context, Recipe
 from trivium.compiler.types import Target, Workload
@@ -147,6 +148,7 @@ def resolve(
         raise BadInput(f"{max_error} is no error", about="--max-error", remedy="give 0.01, say")
     found = target_names.find(target) if isinstance(target, str) else target
     chosen = choose_backend(found, backend)
+    values_of(chosen, options or {})  # refuses what the backend has not
     steps = recipes.read(recipe) if isinstance(recipe, str) else recipe
     progress("reading the model")
     model = models.load(path)

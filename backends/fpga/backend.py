@@ -19,7 +19,8 @@ from trivium.backends.fpga.hls import project, simulate
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BadInput, Unsupported
+from trivium.compiler.errors import Unsupported
+from trivium.compiler.options import Amount, Option, values_of
 from trivium.compiler.passing import Pass
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import (
@@ -44,9 +45,6 @@ Emitter = Callable[..., list[str]]
 
 EMITTERS: Mapping[str, Emitter] = {"vitis": project.write}
 """Tool flow of a target -> what writes a project for it."""
-
-OPTIONS = ("interval_us",)
-"""What ``--option`` may say: the interval between frames to unroll for, in microseconds."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class FpgaBackend:
     """Vitis HLS for AMD devices."""
 
     name = "fpga"
+    options = (Option("interval_us", Amount("microseconds"), "between frames, to unroll for"),)
 
     def available(self) -> str | None:
         return None
@@ -103,21 +102,15 @@ class FpgaBackend:
 
     def estimate(self, model: ir.Model, target: Target, workload: Workload) -> Estimate:
         flow = _flow(model, target)
-        return cost.estimate(flow, cost.fold(flow, target, {}), target, _frames(model))
+        return cost.estimate(flow, cost.fold(flow, target), target, _frames(model))
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
         import numpy as np
 
         target = request.target
-        unknown = sorted(set(request.options) - set(OPTIONS))
-        if unknown:
-            raise BadInput(
-                f"no such option of the backend fpga: {unknown[0]}",
-                about="--option",
-                remedy=f"known: {', '.join(OPTIONS)}",
-            )
+        chosen = values_of(self, request.options)
         flow = _flow(model, target)
-        folding = cost.fold(flow, target, request.options)
+        folding = cost.fold(flow, target, chosen["interval_us"])
         folds.check(flow, folding)
         estimate = cost.estimate(flow, folding, target)
         golden = [_golden(flow, sample) for sample in request.samples] or [_zeros(flow)]

@@ -278,14 +278,16 @@ def over(used: Mapping[str, float], target: Target) -> list[str]:
     ]
 
 
-def fold(flow: ir.Dataflow, target: Target, options: Mapping[str, str]) -> dict[str, Fold]:
+def fold(flow: ir.Dataflow, target: Target, interval_us: float | None = None) -> dict[str, Fold]:
     """Choose the folding for a device.
+
+    Args:
+        interval_us: Between frames, to unroll for; by default as short as fits.
 
     Raises:
         Unsupported: Not even the smallest folding fits; with the figures.
     """
-    goal = options.get("interval_us")
-    cycles = max(1, int(float(goal) * 1e-6 * clock(target))) if goal is not None else None
+    cycles = max(1, int(interval_us * 1e-6 * clock(target))) if interval_us is not None else None
     found = folds.search(flow, lambda one: not over(resources(flow, one), target), cycles)
     excess = over(resources(flow, found), target)
     if excess:

@@ -14,6 +14,7 @@ from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed, BadInput
 from trivium.compiler.generation.executable import GeneratorExecutable, is_driven
 from trivium.compiler.onnx_api import one_line
+from trivium.compiler.options import OneOf, Option, values_of
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -30,6 +31,10 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     cache_form = "growing"
+    options = (
+        Option("kv_cache", OneOf(("f32", "int8")), "what a generator's keys and values are held "
+               "in", "f32"),
+    )  # fmt: skip
 
     def available(self) -> str | None:
         return None
@@ -75,11 +80,11 @@ class OnnxRuntimeBackend:
         # Imported here: what loads an artifact needs no onnx.
         import onnx_ir as ir
 
-        from trivium.backends.onnxruntime import genai, quantized_caches
+        from trivium.backends.onnxruntime import genai
         from trivium.backends.onnxruntime.shared_cache import share_caches
         from trivium.compiler import model as models
 
-        held = quantized_caches.precision(request.options)
+        held = values_of(self, request.options)["kv_cache"]
         inputs, outputs = models.signature(model)
         generator = request.generator
         if generator is not None:
@@ -135,7 +140,7 @@ def _with_small_caches(file: Path, request: BuildRequest, generator: Generator |
     if generator is None or generator.form != "ragged":
         raise BadInput(
             "only caches whose rows have ends of their own can be held in int8",
-            about=f"--option {quantized_caches.OPTION}",
+            about="--option kv_cache",
             remedy="leave it out",
         )
     decoder = RaggedDecoder(generator, _session(str(file), ()), "")
@@ -143,7 +148,7 @@ def _with_small_caches(file: Path, request: BuildRequest, generator: Generator |
     if not rows:
         raise BadInput(
             "there are no samples to measure keys and values by",
-            about=f"--option {quantized_caches.OPTION}",
+            about="--option kv_cache",
             remedy="give some with --calib",
         )
     return quantized_caches.quantize(file, generator, decoder, rows)

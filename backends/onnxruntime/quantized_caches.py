@@ -7,7 +7,7 @@ channels of a key that turn into each other with its place get what both togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.errors import BadInput
 from trivium.compiler.generator import Generator
 from trivium.compiler.passing import initializer
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-OPTION, PRECISIONS = "kv_cache", ("f32", "int8")
 HEADROOM = 6.0
 """Samples are short, and random where nothing better is given: by perplexity of the trained model
 (32.49 with float caches) 1.0 gave 36.4, 2.5 32.63, 6 32.51, 10 32.54, each channel by itself."""
@@ -32,25 +30,6 @@ HEADROOM = 6.0
 _LARGEST = 127
 _SCALES = (12, 13)
 """The inputs of GroupQueryAttention for the scales of keys and of values."""
-
-
-def precision(options: Mapping[str, str]) -> str:
-    """What caches are to be held in, by the option of the backend.
-
-    Raises:
-        BadInput: There is no such option, or precision.
-    """
-    unknown = next((name for name in options if name != OPTION), None)
-    if unknown is not None:
-        raise BadInput(
-            f"the ONNX Runtime backend has no option {unknown!r}",
-            about="--option",
-            remedy=f"it has {OPTION}",
-        )
-    held = options.get(OPTION, PRECISIONS[0])
-    if held not in PRECISIONS:
-        raise BadInput(f"{held!r} is no precision", about=OPTION, remedy=", ".join(PRECISIONS))
-    return held
 
 
 def quantize(

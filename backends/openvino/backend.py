@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler import model as models
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
-from trivium.compiler.errors import BackendFailed, BadInput, ToolchainMissing, Unsupported
+from trivium.compiler.errors import BackendFailed, ToolchainMissing, Unsupported
+from trivium.compiler.options import OneOf, Option, values_of
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -26,19 +27,16 @@ if TYPE_CHECKING:
 
 FILE, OWN_FILE, OWN_WEIGHTS = "model.onnx", "model.xml", "model.bin"
 
-KV_CACHE = "kv_cache"
-KV_PRECISIONS = ("f32", "f16", "bf16", "u8")
-"""What keys and values may be held in: float32 like the arithmetic, or what saves memory."""
-
 
 class OpenVinoBackend:
-    """OpenVINO's CPU plugin.
-
-    Its option ``kv_cache`` is what a generator's caches are held in.
-    """
+    """OpenVINO's CPU plugin."""
 
     name = "openvino"
     cache_form = "growing"
+    options = (
+        Option("kv_cache", OneOf(("f32", "f16", "bf16", "u8")), "what a generator's keys and "
+               "values are held in; by default what it computes in"),
+    )  # fmt: skip
 
     def available(self) -> str | None:
         from importlib.util import find_spec
@@ -81,7 +79,8 @@ class OpenVinoBackend:
         return cost.profile_for(target)
 
     def build(self, model: ir.Model, request: BuildRequest) -> Built:
-        held = _kv_precision(request, precision := precision_of(model))
+        precision = precision_of(model)
+        held = values_of(self, request.options)["kv_cache"] or precision
         if request.generator is not None:
             return _build_generator(model, request, request.generator, precision, held)
         files = models.save(model, request.folder / FILE)
@@ -111,20 +110,6 @@ class OpenVinoBackend:
 
             return generating.load(artifact, artifact.generator)
         return OpenVinoExecutable(artifact)
-
-
-def _kv_precision(request: BuildRequest, precision: str) -> str:
-    unknown = next((name for name in request.options if name != KV_CACHE), None)
-    if unknown is not None:
-        raise BadInput(
-            f"the OpenVINO backend has no option {unknown!r}",
-            about="--option",
-            remedy=f"it has {KV_CACHE}",
-        )
-    held = request.options.get(KV_CACHE, precision)
-    if held not in KV_PRECISIONS:
-        raise BadInput(f"{held!r} is no precision", about=KV_CACHE, remedy=", ".join(KV_PRECISIONS))
-    return held
 
 
 def _build_generator(

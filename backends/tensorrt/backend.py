@@ -25,6 +25,7 @@ from trivium.compiler import reference, verify
 from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable, Tensors
 from trivium.compiler.errors import BackendFailed, ToolchainMissing
+from trivium.compiler.options import values_of
 from trivium.compiler.samples import conform_feeds
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -44,6 +45,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     cache_form = "static"
+    options = settings.OPTIONS
 
     def available(self) -> str | None:
         return None
@@ -79,7 +81,8 @@ class TensorRTBackend:
         cases = {"main": request.workload}
         if generator is not None:
             cases = static_caches.workloads(generator, inputs, request.workload)
-        each = [settings.settings(request.options, inputs, case) for case in cases.values()]
+        chosen = values_of(self, request.options)
+        each = [settings.settings(chosen, inputs, case) for case in cases.values()]
         engine = each[0] | {"profiles": [ranges for one in each for ranges in one["profiles"]]}
         if generator is not None:
             settings.fix(engine["profiles"])

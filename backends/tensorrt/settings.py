@@ -7,67 +7,81 @@ command line that does the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trivium.compiler.errors import BadInput
+from trivium.compiler.options import Option, Truth, Whole
 from trivium.compiler.samples import bound_shape
 from trivium.compiler.types import TensorInfo, Workload
 
 MODEL, PLAN, TIMING_CACHE, SETTINGS = "model.onnx", "model.plan", "timing.cache", "engine.json"
 
 _FLAGS = {
-    "tf32": ("TF32", "true", "--noTF32"),
-    "sparse_weights": ("SPARSE_WEIGHTS", "false", "--sparsity=enable"),
-    "version_compatible": ("VERSION_COMPATIBLE", "false", "--versionCompatible"),
-    "weight_streaming": ("WEIGHT_STREAMING", "false", "--allowWeightStreaming"),
+    "tf32": ("TF32", True, "--noTF32"),
+    "sparse_weights": ("SPARSE_WEIGHTS", False, "--sparsity=enable"),
+    "version_compatible": ("VERSION_COMPATIBLE", False, "--versionCompatible"),
+    "weight_streaming": ("WEIGHT_STREAMING", False, "--allowWeightStreaming"),
 }
 """Option -> (builder flag, default, what `trtexec` calls it: for TF32 its absence)."""
 
+PROFILE = "profile."
+"""How the options begin that give the sizes of a symbolic dimension."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least, the usual and the largest size of a dimension."""
+
+    wanted: str = "min:opt:max"
+
+    def read(self, text: str) -> tuple[int, int, int]:
+        low, usual, high = map(int, text.split(":"))
+        if not 0 <= low <= usual <= high:
+            raise ValueError(text)
+        return low, usual, high
+
+
+OPTIONS = (
+    *(
+        Option(name, Truth(), f"the builder's flag {flag}", default)
+        for name, (flag, default, _) in _FLAGS.items()
+    ),
+    Option("workspace_mib", Whole(1, 1 << 20), "memory that a kernel may use for itself"),
+    Option("optimization_level", Whole(0, 5), "how long the builder searches", 3),
+    Option(PROFILE, Range(), "sizes of a symbolic dimension"),
+)
+
 
 def settings(
-    options: Mapping[str, str], inputs: Sequence[TensorInfo], workload: Workload
+    chosen: Mapping[str, Any], inputs: Sequence[TensorInfo], workload: Workload
 ) -> dict[str, Any]:
-    """Make the content of ``engine.json`` from the backend's options.
-
-    Options: ``tf32``, ``sparse_weights``, ``version_compatible``, ``weight_streaming`` (true or
-    false), ``workspace_mib``, ``optimization_level`` (0 to 5), and ``profile.<dimension>``, given
-    as ``min:opt:max``, for each symbolic dimension.
+    """Make the content of ``engine.json`` from the values of the backend's options.
 
     Raises:
-        BadInput: An option that there is not, or a value that it cannot have.
+        BadInput: A profile of a dimension that is not symbolic.
     """
     profiles = {
-        name.removeprefix("profile."): _range(name, text)
-        for name, text in options.items()
-        if name.startswith("profile.")
+        name.removeprefix(PROFILE): sizes
+        for name, sizes in chosen.items()
+        if name.startswith(PROFILE)
     }
     dimensions = {dim for info in inputs for dim in info.shape if isinstance(dim, str)}
-    known = {*_FLAGS, "workspace_mib", "optimization_level"}
-    for name in options:
-        dimension = name.removeprefix("profile.")
-        if name not in known and not (name.startswith("profile.") and dimension in dimensions):
-            every = sorted(known | {f"profile.{dim}" for dim in dimensions})
-            raise BadInput(
-                "the backend has no such option",
-                about=f"--option {name}",
-                remedy=f"it has: {', '.join(every)}",
-            )
-    workspace = options.get("workspace_mib")
+    unknown = sorted(set(profiles) - dimensions)
+    if unknown:
+        raise BadInput(
+            "no such dimension is symbolic",
+            about=f"--option {PROFILE}{unknown[0]}",
+            remedy=f"symbolic are: {', '.join(sorted(dimensions)) or 'none'}",
+        )
+    workspace = chosen["workspace_mib"]
     return {
         "model": MODEL,
         "plan": PLAN,
         "timing_cache": TIMING_CACHE,
-        "flags": [
-            flag
-            for name, (flag, default, _) in _FLAGS.items()
-            if _truth(name, options.get(name, default))
-        ],
-        "workspace_bytes": _whole("workspace_mib", workspace, 1, 1 << 20) << 20
-        if workspace is not None
-        else None,
-        "optimization_level": _whole(
-            "optimization_level", options.get("optimization_level", "3"), 0, 5
-        ),
+        "flags": [flag for name, (flag, _, _) in _FLAGS.items() if chosen[name]],
+        "workspace_bytes": workspace << 20 if workspace is not None else None,
+        "optimization_level": chosen["optimization_level"],
         "profiles": [_profile(inputs, workload, profiles)] if dimensions else [],
     }
 
@@ -120,24 +134,3 @@ def trtexec(engine: Mapping[str, Any]) -> str:
         "--exportLayerInfo=layers.json",
     ]
     return " \\\n    ".join(parts)
-
-
-def _range(name: str, text: str) -> tuple[int, int, int]:
-    parts = text.split(":")
-    if len(parts) == 3 and all(part.isdigit() for part in parts):
-        low, usual, high = map(int, parts)
-        if low <= usual <= high:
-            return low, usual, high
-    raise BadInput(f"{text!r} is no range", about=f"--option {name}", remedy="give min:opt:max")
-
-
-def _truth(name: str, text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise BadInput(f"{text!r}", about=f"--option {name}", remedy="give true or false")
-    return text.lower() == "true"
-
-
-def _whole(name: str, text: str, low: int, high: int) -> int:
-    if not text.isdigit() or not low <= int(text) <= high:
-        raise BadInput(f"{text!r}", about=f"--option {name}", remedy=f"give {low} to {high}")
-    return int(text)

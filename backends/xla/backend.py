@@ -1,11 +1,10 @@
 """The XLA backend: ONNX through JAX to a TPU slice or an NVIDIA GPU, ahead of time and without
 the device, or to this CPU.
 
-What it must know of a target is listed in `platforms`. Options of a build (``--option``):
-``partition=batch|replicated`` (how a slice is used; see `partition`), ``precision=highest|high|
-default`` (of float32 products, which a TPU would otherwise round to bfloat16 and a GPU to TF32,
-and no run on a CPU would show it), ``scan=auto|always|never`` (whether layers that are the same run
-as one loop; see `rolling`) and ``deadline=SECONDS``.
+What it must know of a target is in `platforms`, how a slice is used in `partition`, when layers
+that are the same run as one loop in `rolling`. Products of float32 are computed in float32 unless
+the option ``precision`` says otherwise: a TPU would round their factors to bfloat16 and a GPU to
+TF32, and no run on a CPU would show it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from trivium.compiler.artifact import Artifact
 from trivium.compiler.backend import BuildRequest, Executable
 from trivium.compiler.errors import BadInput
 from trivium.compiler.generator import program_sizes
+from trivium.compiler.options import Amount, OneOf, Option, values_of
 from trivium.compiler.passing import opset_of
 from trivium.compiler.types import Built, Estimate, Program, Target, TensorInfo, Workload
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.onnx"
-_OPTIONS = ("partition", "precision", "scan", "scan_after", "deadline")
-_PRECISIONS = ("highest", "high", "default")
 
 
 class XlaBackend:
@@ -42,6 +40,16 @@ class XlaBackend:
 
     name = "xla"
     cache_form = "static"
+    options = (
+        Option("partition", OneOf(("batch", "replicated")), "how a slice is used, whatever the "
+               "model says"),
+        Option("precision", OneOf(("highest", "high", "default")), "of float32 products on a TPU "
+               "or GPU", "highest"),
+        Option("scan", OneOf(rolling.CHOICES), "run layers that are the same as one loop", "auto"),
+        Option("scan_after", Amount("seconds"), "that a compile takes before `auto` tries a loop",
+               rolling.SOON),
+        Option("deadline", Amount("seconds"), "that the compiler may take", process.DEADLINE_S),
+    )  # fmt: skip
     spreads = True
     """It follows a model's annotations of how it is spread over the devices of a slice."""
 
@@ -78,9 +86,7 @@ class XlaBackend:
         target = request.target
         device = platforms.device_of(target)
         platforms.require(device.platform, target.name)
-        _check_options(request.options)
-        deadline = _seconds(request.options, "deadline", process.DEADLINE_S)
-        precision = request.options.get("precision", _PRECISIONS[0])
+        chosen = values_of(self, request.options)
         generator = request.generator
         if generator is None:
             cases = {_case_name(case): dict(case.dims) for case in shapes.each(request.workload)}
@@ -102,14 +108,11 @@ class XlaBackend:
             "target": target.name,
             "device": asdict(device),
             "memory_bytes": target.memory_bytes,
-            "partition": request.options.get("partition"),
-            "precision": precision,
-            "scan": request.options.get("scan", rolling.CHOICES[0]),
-            "scan_after": _seconds(request.options, "scan_after", rolling.SOON),
+            **{name: value for name, value in chosen.items() if name != "deadline"},
             "verified": bool(request.expected),
             "caches": [cache.past for cache in generator.caches] if generator else [],
         }
-        result = process.run(job, platforms.environment(device), deadline)
+        result = process.run(job, platforms.environment(device), chosen["deadline"])
         return Built(
             programs=tuple(
                 Program(
@@ -123,7 +126,7 @@ class XlaBackend:
             weights=WEIGHTS,
             memory=_memory(result, device),
             details={"xla": {**result, "device": asdict(device)}},
-            notes=_notes(result, device, precision, sizes),
+            notes=_notes(result, device, chosen["precision"], sizes),
         )
 
     def load(self, artifact: Artifact) -> Executable:
@@ -237,37 +240,6 @@ def write_model(model: ir.Model, folder: Path, name: str) -> None:
             value.const_value = tensor
 
 
-def _check_options(options: Mapping[str, str]) -> None:
-    """Refuse unknown options and choices, before anything is made."""
-    unknown = [name for name in options if name not in _OPTIONS]
-    if unknown:
-        raise BadInput(
-            f"the XLA backend has no option {unknown[0]!r}",
-            about="--option",
-            remedy=f"it has {', '.join(_OPTIONS)}",
-        )
-    precision = options.get("precision")
-    if precision is not None and precision not in _PRECISIONS:
-        raise BadInput(
-            f"{precision!r} is no precision", about="precision", remedy=", ".join(_PRECISIONS)
-        )
-    scan = options.get("scan")
-    if scan is not None and scan not in rolling.CHOICES:
-        raise BadInput(f"{scan!r} is no choice", about="scan", remedy=", ".join(rolling.CHOICES))
-
-
-def _seconds(options: Mapping[str, str], name: str, default: float) -> float:
-    """The time that an option gives."""
-    given = options.get(name)
-    try:
-        seconds = float(given) if given is not None else default
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise BadInput(f"{given!r} is no time", about=name, remedy="give seconds")
-    return seconds
-
-
 def _memory(result: Mapping[str, Any], device: platforms.Device) -> dict[str, float | None]:
     """The worst program's memory, from the compiler's own analysis."""
     programs = result["programs"].values()
@@ -295,7 +267,7 @@ def _notes(
     sizes = ", ".join(f"{name}={size}" for name, size in symbolic.items())
     if sizes:
         notes.append(f"memory and main.hlo.txt are those of {sizes}, which stays symbolic")
-    if precision != _PRECISIONS[0] and device.platform in _ROUNDS_TO:
+    if precision != "highest" and device.platform in _ROUNDS_TO:
         notes.append(
             f"with precision={precision} the device may round the factors of float32 products to "
             f"{_ROUNDS_TO[device.platform]}; a run on the CPU does not"

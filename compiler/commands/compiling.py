@@ -67,8 +67,13 @@ def _dry_run(arguments: argparse.Namespace) -> int:
         shape=arguments.shape,
         calibration=arguments.calib,
         seed=arguments.seed,
+        options=_options(arguments.option),
+        generator=arguments.generator,
+        context=arguments.context,
+        prefill=arguments.prefill,
+        guesses=arguments.guesses,
     )
-    estimate = build.estimate_json(result.estimate) if result.estimate else None
+    estimate = build.estimate_json(result.estimate)
     if arguments.json:
         console.print_json({**asdict(result), "estimate": estimate, "artifact": None})
         return 3 if result.refusals else 0

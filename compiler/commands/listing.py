@@ -13,6 +13,7 @@ from trivium.compiler import plugins, recipe
 from trivium.compiler import targets as target_names
 from trivium.compiler.backend import Backend
 from trivium.compiler.commands import console
+from trivium.compiler.options import options_of as backend_options
 
 
 def targets(arguments: argparse.Namespace) -> int:
@@ -53,14 +54,20 @@ def targets(arguments: argparse.Namespace) -> int:
 
 
 def backends(arguments: argparse.Namespace) -> int:
-    """List the backends: whether they can build here, and if not, why."""
-    rows: list[dict[str, Any]] = []
-    for name in plugins.names("trivium.backends"):
-        backend: Backend = plugins.get("trivium.backends", name)
-        missing = backend.available()
-        toolchain = backend.toolchain() if missing is None else {}
-        rows.append({"name": name, "available": missing is None, "reason": missing,
-                     "toolchain": toolchain})  # fmt: skip
+    """List the backends: whether they can build here, and if not, why; or show one's options."""
+    if arguments.name:
+        one = _backend(arguments.name)
+        if arguments.json:
+            console.print_json(one)
+            return 0
+        console.print_facts({**one, "options": None, "toolchain": _versions(one)})
+        options = [
+            (o["name"], o["values"], _shown(o["default"]), o["help"]) for o in one["options"]
+        ]
+        if options:
+            console.print_table(("option", "values", "default", ""), options)
+        return 0
+    rows = [_backend(name) for name in plugins.names("trivium.backends")]
     if arguments.json:
         console.print_json(rows)
         return 0
@@ -68,12 +75,43 @@ def backends(arguments: argparse.Namespace) -> int:
         (
             row["name"],
             "yes" if row["available"] else "no",
-            row["reason"] or ", ".join(f"{k} {v}" for k, v in row["toolchain"].items()),
+            row["reason"] or _versions(row),
         )
         for row in rows
     ]
     console.print_table(("backend", "here", "toolchain, or what is missing"), table)
     return 0
+
+
+def _backend(name: str) -> dict[str, Any]:
+    """What there is to say of a backend."""
+    backend: Backend = plugins.get("trivium.backends", name)
+    missing = backend.available()
+    return {
+        "name": name,
+        "available": missing is None,
+        "reason": missing,
+        "toolchain": backend.toolchain() if missing is None else {},
+        "options": [
+            {
+                "name": option.shown,
+                "values": option.kind.wanted,
+                "default": option.default,
+                "help": option.help,
+            }
+            for option in backend_options(backend)
+        ],
+    }
+
+
+def _versions(row: dict[str, Any]) -> str:
+    return ", ".join(f"{package} {release}" for package, release in row["toolchain"].items())
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "" if default is None else str(default).lower()
 
 
 def passes(arguments: argparse.Namespace) -> int:

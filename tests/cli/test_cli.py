@@ -223,6 +223,20 @@ def test_dry_run_builds_nothing(resnet: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_dry_run_predicts_what_a_compile_does(shared_data: Find, tmp_path: Path) -> None:
+    asked = ("compile", shared_data("llm-shakespeare"), "--target", "cpu", "--context", "64")
+    dry = document(*asked, "--dry-run")
+    made = document(*asked, "--no-cache", "-o", tmp_path / "out")
+    assert "insert-kv-cache" in {row["name"] for row in dry["applied"]}
+    # The processor's clock, of which the target is told, is not the same at every moment.
+    assert dry["estimate"]["seconds"] == pytest.approx(made["estimate"]["seconds"], rel=0.05)
+    told = trivium(*asked[:-1], "9999", "--dry-run", code=2)
+    assert "the model has 512 positions" in told.stderr
+    told = trivium(*asked, "--dry-run", "--option", "kv_cache=int3", code=2)
+    assert "give f32 or int8" in told.stderr
+
+
 def test_a_dry_run_shows_every_refusal(shared_data: Find, tmp_path: Path) -> None:
     model = shared_data("models/espcn_x3_qonnx.onnx")
     done = subprocess.run(

@@ -104,7 +104,7 @@ def test_a_model_that_does_not_fit_is_refused_with_figures() -> None:
     flow = flow_of(1)
     tiny = dataclasses.replace(qdq.ZCU104, resources={"lut": 800, "dsp": 3, "bram_18k": 2})
     with pytest.raises(Unsupported) as caught:
-        cost.fold(flow, tiny, {})
+        cost.fold(flow, tiny)
     assert "dsp" in str(caught.value)
     assert "of 3" in str(caught.value)
     assert caught.value.exit_code == 3
@@ -113,8 +113,8 @@ def test_a_model_that_does_not_fit_is_refused_with_figures() -> None:
 
 def test_an_interval_is_an_option() -> None:
     flow = flow_of(1)
-    slow = cost.fold(flow, qdq.ZCU104, {"interval_us": "1000"})
-    fast = cost.fold(flow, qdq.ZCU104, {})
+    slow = cost.fold(flow, qdq.ZCU104, 1000)
+    fast = cost.fold(flow, qdq.ZCU104)
     assert folding.interval(flow, slow) <= 1000e-6 * 200e6
     assert folding.interval(flow, fast) < folding.interval(flow, slow)
     assert cost.resources(flow, slow)["dsp"] < cost.resources(flow, fast)["dsp"]

@@ -18,9 +18,10 @@ import pytest
 
 import trivium
 from trivium.backends.tensorrt import legalize, operators, settings
-from trivium.backends.tensorrt.backend import BUILD, README, RUN, why_not_here
+from trivium.backends.tensorrt.backend import BUILD, README, RUN, TensorRTBackend, why_not_here
 from trivium.compiler import recipe, reference, verify
 from trivium.compiler.errors import BadInput, ToolchainMissing, Unsupported
+from trivium.compiler.options import values_of
 from trivium.compiler.types import Target, TensorInfo, Workload
 
 H100 = Target("nvidia-h100-sxm", "gpu", ("tensorrt",), options={"arch": "sm_90"})
@@ -320,13 +321,14 @@ def test_asymmetric_grid_is_left_and_refused() -> None:
 INPUTS = (TensorInfo("ids", "int64", ("batch", "length")), TensorInfo("x", "float32", (1, 4)))
 
 
+def made_of(given: dict[str, str], workload: Workload | None = None) -> dict[str, Any]:
+    return settings.settings(values_of(TensorRTBackend(), given), INPUTS, workload or Workload())
+
+
 def test_profiles_follow_options_and_workload() -> None:
-    made = settings.settings(
-        {"profile.batch": "1:8:32", "tf32": "false", "weight_streaming": "true",
-         "workspace_mib": "64"},
-        INPUTS,
-        Workload(dims={"length": 128}),
-    )  # fmt: skip
+    given = {"profile.batch": "1:8:32", "tf32": "false", "weight_streaming": "true",
+             "workspace_mib": "64"}  # fmt: skip
+    made = made_of(given, Workload(dims={"length": 128}))
     assert made["profiles"] == [{"ids": {"min": [1, 1], "opt": [8, 128], "max": [32, 128]}}]
     assert made["flags"] == ["WEIGHT_STREAMING"]
     assert made["workspace_bytes"] == 64 << 20
@@ -335,26 +337,26 @@ def test_profiles_follow_options_and_workload() -> None:
                  "--noTF32", "--allowWeightStreaming", "--memPoolSize=workspace:64M"):  # fmt: skip
         assert part in line
     assert "--sparsity" not in line
-    assert "--noTF32" not in settings.trtexec(settings.settings({}, INPUTS, Workload()))
+    assert "--noTF32" not in settings.trtexec(made_of({}))
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"fp16": "true"}, "no such option; it has: optimization_level, profile.batch"),
+        ({"fp16": "true"}, "no option 'fp16'; it has .*optimization_level, profile.NAME"),
         ({"profile.batch": "8:1:32"}, "give min:opt:max"),
-        ({"profile.nothing": "1:1:1"}, "no such option"),
+        ({"profile.nothing": "1:1:1"}, "symbolic are: batch, length"),
         ({"tf32": "yes"}, "give true or false"),
-        ({"optimization_level": "9"}, "give 0 to 5"),
+        ({"optimization_level": "9"}, "give a whole number from 0 to 5"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, str], reason: str) -> None:
     with pytest.raises(BadInput, match=reason):
-        settings.settings(options, INPUTS, Workload())
+        made_of(options)
 
 
 def test_settings_file_is_what_the_scripts_read(tmp_path: Path) -> None:
-    made = json.loads(json.dumps(settings.settings({}, INPUTS, Workload())))
+    made = json.loads(json.dumps(made_of({})))
     scripts = Path(legalize.__file__).parent / "scripts"
     text = (scripts / BUILD).read_text() + (scripts / RUN).read_text()
     read = {key for key in made if f'settings["{key}"]' in text}
