@@ -21,6 +21,7 @@ from benchmarks import baselines, dpu, fitting, measured, mlperf, scores, whole
 from benchmarks.fit_calibrations import JOBS, ROWS, Job
 from benchmarks.fitting import Coefficients, Formula, Table
 from benchmarks.scores import Score
+from trivium.compiler.calibration import spread_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 
@@ -119,7 +120,7 @@ def _shipped(
     half = len(test) // 2
     first, second = test.take(np.arange(half)), test.take(np.arange(half, len(test)))
     c = fitting.fit(formula, [trains[index]], shared, formula.device, pull=0.02)
-    spread = fitting.spread_of(fitting.residuals(formula, first, c).tolist())
+    spread = spread_of(fitting.residuals(formula, first, c).tolist())
     return _score(formula, second, c, spread)
 
 
@@ -324,7 +325,7 @@ def _dpu() -> list[str]:
         "| card | left out | count | MAPE | median | P90 | tau | coverage |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    together: dict[str, list[tuple[dpu.Array, ...]]] = {}
+    together: dict[str, list[tuple[fitting.Array, ...]]] = {}
     rows = []
     for card, ways in dpu.judge().items():
         for name, (table, way) in ways.items():

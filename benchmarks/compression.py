@@ -568,6 +568,7 @@ def _speed(
     import numpy as np
 
     from trivium.compiler import compare
+    from trivium.compiler import rows as shown
 
     with np.load(feeds) as archive:
         calibration = [{k: v[i : i + 1] for k, v in archive.items()} for i in range(8)]
@@ -575,7 +576,7 @@ def _speed(
         source, ["cpu"], recipes=["none", *recipes], shape=shape, measure=True,
         calibration=calibration,
     )  # fmt: skip
-    by_recipe = {one.recipe: compare.row(one) for one in found.candidates}
+    by_recipe = {one.recipe: shown.row(one) for one in found.candidates}
     base = by_recipe["none"]
     made: dict[str, Any] = {}
     for recipe in recipes:

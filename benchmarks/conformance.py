@@ -119,7 +119,7 @@ def run(names: Iterable[str], results: Path, match: str, every: int, part: int, 
                 stream.write(json.dumps(outcome(case)) + "\n")
                 stream.flush()
                 if index % 200 == 199:
-                    jax.clear_caches()
+                    jax.clear_caches()  # type: ignore[no-untyped-call]
 
 
 def read(path: Path) -> list[dict[str, str]]:

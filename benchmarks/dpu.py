@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import fitting, measured, pictures
 from benchmarks.fitting import Array, Coefficients, Formula, Table
+from trivium.compiler.calibration import spread_of
 from trivium.compiler.machines import dpu
 from trivium.compiler.types import Target
 
@@ -98,9 +99,9 @@ def tables() -> tuple[Table, ...]:
                 found.setdefault(cards[0].name, []).append(value)
     made = []
     for card in CARDS:
-        names, busy, seconds = zip(*found[card.name], strict=True)
+        networks, shares, seconds = zip(*found[card.name], strict=True)
         target = Target(name=card.name, family="fpga", backends=(), clock_hz=card.engine.clock_hz)
-        columns = {"network": np.array(names), "busy": np.array(busy)}
+        columns = {"network": np.array(networks), "busy": np.array(shares)}
         source = "Vitis AI 2.5"
         made.append(Table("dpu", target, card.family, columns, np.array(seconds), source))
     return tuple(made)
@@ -198,4 +199,4 @@ def _spread(peers: Sequence[Table], own: Sequence[Table]) -> float:
             mine = [_without(table, kind)] if own else []
             inside = table.take(np.flatnonzero(kinds(table) == kind))
             errors += fitting.residuals(FORMULA, inside, _fit(rest, mine)).tolist()
-    return fitting.spread_of(errors)
+    return spread_of(errors)

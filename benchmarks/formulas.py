@@ -81,11 +81,10 @@ PCIE = Formula(
 
 def _attention(table: Table, c: Coefficients) -> Array:
     names = ("batch", "heads", "kv_heads", "queries", "keys", "head")
-    sizes = tuple(table.columns[name] for name in names)
+    batch, heads, kv_heads, queries, keys, head = (table.columns[name] for name in names)
     chip = gpu.Chip.of(table.target, table.target.peak_ops["bfloat16"])
-    if table.kind == "context":
-        return gpu_attention.prefill(*sizes, chip, c, warm=True)
-    return gpu_attention.decode(*sizes, chip, c, warm=True)
+    kernel = gpu_attention.prefill if table.kind == "context" else gpu_attention.decode
+    return kernel(batch, heads, kv_heads, queries, keys, head, chip, c, warm=True)
 
 
 PREFILL = Formula(

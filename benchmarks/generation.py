@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _batch(artifact: str) -> tuple[Timed, Timed]:
     runs = []
     for at_once in (8, 1):
         made = TextGenerator(artifact, rows=at_once, speculate=False, prefix_bytes=0)
-        runs.append(_timed(lambda made=made: made.complete(_prompts(), asked)))
+        runs.append(_timed(partial(made.complete, _prompts(), asked)))
     return runs[0], runs[1]
 
 
@@ -148,7 +149,7 @@ def _guesses(artifact: str) -> tuple[Timed, Timed]:
     for speculate in (True, False):
         made = TextGenerator(artifact, rows=1, speculate=speculate, prefix_bytes=0)
         asked = Settings(max_new_tokens=200)
-        runs.append(_timed(lambda made=made, asked=asked: made.complete([SPEECH], asked)))
+        runs.append(_timed(partial(made.complete, [SPEECH], asked)))
     return runs[0], runs[1]
 
 

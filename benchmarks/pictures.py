@@ -238,8 +238,10 @@ def inception_v4() -> Net:
     last = _down((256, 1), (256, (1, 7)), (320, (7, 1)), (320, 3))
     _branches(net, _down((192, 1), (192, 3)), last, pool)
     for _ in range(3):
-        short, long = ((384, 1),), ((384, 1), (448, (1, 3)), (512, (3, 1)))
-        forks = _forked(*short, out=256), _forked(*long, out=256)
+        forks = (
+            _forked((384, 1), out=256),
+            _forked((384, 1), (448, (1, 3)), (512, (3, 1)), out=256),
+        )
         _branches(net, _chain((256, 1)), *forks, _pooled(256))
     return net.classify()
 

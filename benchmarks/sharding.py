@@ -134,7 +134,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.row:
         try:
-            result = measure(*given.row, given.layers, given.batch, given.seq)
+            topology, mesh = given.row
+            result = measure(topology, mesh, given.layers, given.batch, given.seq)
         except Exception as error:  # the compiler's own, in one line for the table
             result = {"error": str(worker.translated(error, f"v5e:{given.row[0]}"))}
         print(json.dumps(result))

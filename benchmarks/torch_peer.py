@@ -74,7 +74,7 @@ def _is_shape(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= 16
 
 
-def _tensor(value: Any, device: str) -> Any:
+def _tensor(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return torch.from_numpy(np.array(value)).to(device)
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,7 +80,7 @@ class _Builder:
             self.weights["scale"] = (self.dtype, [])
             self.weights["zero"] = (self.narrow, [])
 
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"v{len(self.nodes)}"
         self.nodes.append(oh.make_node(kind, list(inputs), [name], **attributes))
         return name
@@ -111,7 +112,11 @@ class _Builder:
 def _attention(b: _Builder, s: Shape, q: str, k: str, v: str, batch: int, queries: int) -> str:
     heads, kv = s.heads // s.split, max((s.kv_heads or s.heads) // s.split, 1)
     if s.flash:
-        attributes = {"q_num_heads": heads, "kv_num_heads": kv, "is_causal": int(s.causal)}
+        attributes: dict[str, Any] = {
+            "q_num_heads": heads,
+            "kv_num_heads": kv,
+            "is_causal": int(s.causal),
+        }
         inputs = [q, k, v, "", "past_key", "past_value"] if queries == 1 else [q, k, v]
         outputs = [f"v{len(b.nodes)}"]
         if queries == 1:

@@ -22,6 +22,7 @@ from benchmarks import fitting, formulas, measured, transformers
 from benchmarks.fitting import Array, Coefficients, Formula, Table
 from benchmarks.transformers import Shape
 from trivium.compiler import targets
+from trivium.compiler.calibration import spread_of
 from trivium.compiler.cost import melts_elementwise
 from trivium.compiler.kernels import Kernel
 from trivium.compiler.machines import collectives
@@ -338,7 +339,7 @@ def spread_between_groups(rows: Table) -> float:
         rest = rows.take(np.flatnonzero(~inside)) if len(groups) > 1 else rows
         one = rows.take(np.flatnonzero(inside))
         errors += fitting.residuals(formula, one, fit(rest)).tolist()
-    return fitting.spread_of(errors)
+    return spread_of(errors)
 
 
 def fits_in_memory() -> list[tuple[bool, bool]]:
