@@ -4,10 +4,10 @@ Samples that calibrate are never those that are scored. A copy that scores above
 is lucky: it is shown, and ours need not be as lucky; how far the outputs are from those in float32
 (the row of divergence) then says which copy is the better one.
 
-ONNX Runtime's quantizers run in this environment. NNCF, ModelOpt and Neural Compressor 2 (version 3
-has no ONNX road) run in the interpreters that TRIVIUM_PEERS_PYTHON names, joined by colons; rows of
-peers that are not there are left out with a word on standard error. ModelOpt places Q/DQ for
-TensorRT, with float sums, whatever runs it. `pieces` says how to measure in parts.
+ONNX Runtime's quantizers run in this environment, NNCF, ModelOpt and Neural Compressor in others
+(`quantizers`); rows of peers that are not there are left out with a word on standard error.
+ModelOpt places Q/DQ for TensorRT, with float sums, whatever runs it. `pieces` says how to measure
+in parts.
 
 Not here: MobileNetV2, of which the test data has only a quantized copy and no labelled images.
 """
@@ -15,8 +15,6 @@ Not here: MobileNetV2, of which the test data has only a quantized copy and no l
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,125 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workloads
-from benchmarks.harness import Row, Samples, mebibytes, python, ratio, run_command, seconds
+from benchmarks import quantizers, recipe_speeds, workloads
+from benchmarks.harness import Row, Samples, mebibytes, ratio, run_command, seconds
 from benchmarks.pieces import Pieces
+from benchmarks.quantizers import Tool, others, static
 
 TITLE = "Quantization"
 
 RUNS = int(os.environ.get("TRIVIUM_BENCH_RUNS", "3"))
-PEERS = os.environ.get("TRIVIUM_PEERS_PYTHON", "").split(os.pathsep)
-
 LIMIT = 300.0
 """Seconds that one quantization may take."""
-
-_OURS = """
-import sys
-from trivium.compiler import model, prepare
-source, feeds, out, recipe = sys.argv[1:]
-model.save(prepare.optimize(source, recipe, calibration=feeds)[0], out)
-"""
-
-_READER = """
-import sys
-import numpy as np
-source, feeds, out, method = sys.argv[1:]
-arrays = dict(np.load(feeds))
-count = len(next(iter(arrays.values())))
-samples = [{k: v[i : i + 1] for k, v in arrays.items()} for i in range(count)]
-"""
-
-_ONNXRUNTIME = (
-    _READER
-    + """
-import os, tempfile
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
-
-class Reader(CalibrationDataReader):
-    def __init__(self):
-        self.feeds = iter(samples)
-    def get_next(self):
-        return next(self.feeds, None)
-
-with tempfile.TemporaryDirectory() as folder:
-    ready = os.path.join(folder, "ready.onnx")
-    quant_pre_process(source, ready)
-    quantize_static(
-        ready, out, Reader(), per_channel=True, calibrate_method=CalibrationMethod[method]
-    )
-"""
-)
-
-_NNCF = (
-    _READER
-    + """
-import nncf, onnx
-kind = nncf.ModelType.TRANSFORMER if method == "transformer" else None
-made = nncf.quantize(
-    onnx.load(source), nncf.Dataset(samples), model_type=kind, subset_size=count
-)
-onnx.save(made, out)
-"""
-)
-
-_MODELOPT = """
-import sys
-import numpy as np
-from modelopt.onnx.quantization import quantize
-source, feeds, out, method = sys.argv[1:]
-quantize(
-    source, quantize_mode="int8", calibration_data=dict(np.load(feeds)), output_path=out,
-    calibration_method=method, calibration_eps=["cpu"], high_precision_dtype="fp32",
-)
-"""
-
-_NEURAL_COMPRESSOR = (
-    _READER
-    + """
-from neural_compressor import PostTrainingQuantConfig, quantization
-
-class Loader:
-    batch_size = 1
-    def __iter__(self):
-        for sample in samples:
-            yield (sample if len(sample) > 1 else next(iter(sample.values()))), 0
-
-how = PostTrainingQuantConfig(approach="static", calibration_sampling_size=[count])
-quantization.fit(source, how, calib_dataloader=Loader()).save(out)
-"""
-)
-
-_NBITS = """
-import sys
-import onnx
-from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-source, feeds, out, method = sys.argv[1:]
-name, bits, block = method.split("/")
-if name == "HQQ":
-    how = nbits.HQQWeightOnlyQuantConfig(block_size=int(block), bits=int(bits))
-else:
-    how = nbits.DefaultWeightOnlyQuantConfig(
-        block_size=int(block), is_symmetric=True, bits=int(bits)
-    )
-made = nbits.MatMulNBitsQuantizer(onnx.load(source), algo_config=how)
-made.process()
-made.model.save_model_to_file(out)
-"""
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A way to quantize: arguments of its script are source, feeds, out and ``method``."""
-
-    name: str
-    script: str
-    method: str
-    interpreter: str = sys.executable
-
-    def command(self, source: Path, feeds: Path, out: Path) -> list[str]:
-        line = python(self.script, str(source), str(feeds), str(out), self.method)
-        return [self.interpreter, *line[1:]]
 
 
 @dataclass(frozen=True)
@@ -199,7 +88,7 @@ def rows() -> list[Row]:
         for make in (_resnets, _magika, _minilm, _shakespeare):
             for case in make(folder):
                 made += _compared(case, folder, pieces)
-        made += _speeds(folder, pieces)
+        made += recipe_speeds.rows(folder, pieces)
     return made
 
 
@@ -215,7 +104,7 @@ class Figures:
 
 
 def _compared(case: Case, folder: Path, pieces: Pieces) -> list[Row]:
-    ours = [Tool(recipe, _OURS, recipe) for recipe in case.ours]
+    ours = [quantizers.ours(recipe) for recipe in case.ours]
     done = _measured(case, [*ours, *case.peers], folder, pieces)
     base = pieces.of(f"{case.name}/float32", lambda: case.quality([case.source] * len(case.parts)))
     rivals = {tool.name: done[tool.name] for tool in case.peers if tool.name in done}
@@ -340,40 +229,6 @@ def _session(path: Path) -> Any:
     return ort.InferenceSession(path, options, disabled_optimizers=["MatMulAddFusion"])
 
 
-# --- the peers ------------------------------------------------------------------------------------
-
-
-def _static(*methods: str) -> list[Tool]:
-    return [Tool(f"ONNX Runtime {method}", _ONNXRUNTIME, method) for method in methods]
-
-
-def _others(modelopt: str, kind: str = "") -> list[Tool]:
-    """What the other interpreters have.
-
-    Args:
-        modelopt: ModelOpt's method of calibration.
-        kind: Of the model, for NNCF: ``transformer`` or nothing.
-    """
-    tools = {
-        "nncf": ("NNCF", _NNCF, kind),
-        "modelopt": ("ModelOpt", _MODELOPT, modelopt),
-        "neural_compressor.quantization": ("Neural Compressor", _NEURAL_COMPRESSOR, ""),
-    }
-    found = []
-    for package, (name, script, method) in tools.items():
-        probe = f"from importlib.util import find_spec as f; assert f({package!r})"
-        holders = [path for path in PEERS if path and _runs([path, "-c", probe])]
-        if holders:
-            found.append(Tool(name, script, method, holders[0]))
-        else:
-            print(f"TRIVIUM_PEERS_PYTHON has no {name}: left out", file=sys.stderr)
-    return found
-
-
-def _runs(command: Sequence[str]) -> bool:
-    return not subprocess.run(command, capture_output=True, check=False).returncode
-
-
 # --- the models -----------------------------------------------------------------------------------
 
 
@@ -443,7 +298,7 @@ def _resnets(folder: Path) -> list[Case]:
             feeds = folder / f"{file}-{index}.npz"
             np.savez(feeds, **{_session(source).get_inputs()[0].name: x[own]})
             parts.append(Part(feeds, _classified(source, x[other], y[other])))
-        peers = [*_static("MinMax", "Entropy", "Percentile"), *_others("entropy")]
+        peers = [*static("MinMax", "Entropy", "Percentile"), *others("entropy")]
         ours = ("int8", "int8-minmax")
         cases.append(Case(name, source, parts, (_ACCURACY, _DIVERGENCE), ours, peers))
     return cases
@@ -465,7 +320,7 @@ def _magika(folder: Path) -> list[Case]:
     wanted = _scores(source, x[~chosen]).argmax(axis=1)
     part = Part(feeds, _classified(source, x[~chosen], wanted))
     measures = Measure("same answers as float32"), _DIVERGENCE
-    peers = [*_static("MinMax", "Entropy"), *_others("max")]
+    peers = [*static("MinMax", "Entropy"), *others("max")]
     return [Case("Magika", source, [part], measures, ("int8", "int8-minmax"), peers)]
 
 
@@ -487,7 +342,7 @@ def _minilm(folder: Path) -> list[Case]:
         norms = np.linalg.norm(want, axis=1) * np.linalg.norm(have, axis=1)
         return [float(((want * have).sum(axis=1) / norms).mean())]
 
-    peers = [*_static("MinMax"), *_others("max", "transformer")]
+    peers = [*static("MinMax"), *others("max", "transformer")]
     measures = (Measure("cosine on unseen sentences"),)
     part = Part(calibration, cosine)
     return [Case("MiniLM", source, [part], measures, ("int8", "int8-smooth"), peers)]
@@ -525,79 +380,8 @@ def _shakespeare(folder: Path) -> list[Case]:
                        (2, ("int2-gptq",))):  # fmt: skip
         peers = []
         if bits == 4:
-            peers = [Tool("ONNX Runtime RTN", _NBITS, "RTN/4/128"),
-                     Tool("ONNX Runtime HQQ", _NBITS, "HQQ/4/128")]  # fmt: skip
+            peers = [quantizers.nbits("RTN", 4, 128), quantizers.nbits("HQQ", 4, 128)]
         if bits == 2:
-            peers = [Tool("ONNX Runtime RTN 2 bits", _NBITS, "RTN/2/64")]
+            peers = [quantizers.nbits("RTN", 2, 64)]
         cases.append(Case(f"Shakespeare, {bits} bits", source, [part], measures, ours, peers))
     return cases
-
-
-# --- predicted and measured -----------------------------------------------------------------------
-
-
-def _speeds(folder: Path, pieces: Pieces) -> list[Row]:
-    """What the cost model says of each recipe on this CPU, beside what was measured."""
-    made = []
-    for name, source, feeds, shape, recipes in (
-        ("ResNet-8", workloads.shared("models/mlperf_ic_resnet8_fp32.onnx"),
-         "mlperf_ic_resnet8_fp32-0.npz", "input_1=1x32x32x3", ("int8",)),
-        ("ResNet-20", workloads.shared("models/cifar_resnet20.onnx"), "cifar_resnet20-0.npz", "N=1",
-         ("int8",)),
-        ("ResNet-32", workloads.shared("models/cifar_resnet32.onnx"), "cifar_resnet32-0.npz", "N=1",
-         ("int8",)),
-        ("MiniLM", folder / "minilm.onnx", "sentences_calibration.npz", "batch=1,seq=128",
-         ("int8-smooth", "int8-dynamic", "int4")),
-    ):  # fmt: skip
-        if source is None or not source.is_file():
-            continue
-        figures = pieces.of(
-            f"{name}/speed", partial(_speed, source, folder / feeds, shape.split(","), recipes)
-        )
-        for recipe, found in (figures or {}).items():
-            if "refused" in found:
-                print(f"{name}, {recipe}: not measured: {found['refused']}", file=sys.stderr)
-                continue
-            made.append(_speed_row(f"{name}, {recipe}: speed-up on this CPU", found))
-    return made
-
-
-def _speed(
-    source: Path, feeds: Path, shape: Sequence[str], recipes: Sequence[str]
-) -> dict[str, Any]:
-    import numpy as np
-
-    from trivium.compiler import compare
-    from trivium.compiler import rows as shown
-
-    with np.load(feeds) as archive:
-        calibration = [{k: v[i : i + 1] for k, v in archive.items()} for i in range(8)]
-    found = compare.compare(
-        source, ["cpu"], recipes=["none", *recipes], shape=shape, measure=True,
-        calibration=calibration,
-    )  # fmt: skip
-    by_recipe = {one.recipe: shown.row(one) for one in found.candidates}
-    base = by_recipe["none"]
-    made: dict[str, Any] = {}
-    for recipe in recipes:
-        row = by_recipe[recipe]
-        if not all(one["measured"] and one["latency_s"] for one in (row, base)):
-            made[recipe] = {"refused": str(row["refusals"] or base["refusals"])}
-            continue
-        made[recipe] = {
-            "predicted": base["latency_s"] / row["latency_s"],
-            "before_s": base["measured"]["latency_s"],
-            "after_s": row["measured"]["latency_s"],
-        }
-    return made
-
-
-def _speed_row(what: str, found: dict[str, float]) -> Row:
-    from trivium.compiler.report import units
-
-    before, after, predicted = found["before_s"], found["after_s"], found["predicted"]
-    times = f"{units.seconds(before)} to {units.seconds(after)}"
-    return Row(
-        what, f"predicted {predicted:.2f}", f"measured {before / after:.2f} ({times})",
-        f"{predicted * after / before:.2f}",
-    )  # fmt: skip

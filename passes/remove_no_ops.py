@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,15 +141,33 @@ def _transpose(node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if perm is not None and list(perm) == sorted(perm) else None
 
 
+_NO_END = int(np.iinfo(np.int32).max)
+"""What exporters write for "to the end"; some write less, which counts beyond `_NO_MEMORY`."""
+
+_NO_MEMORY = 1 << 44
+"""More elements than any tensor has: an end that cuts off only what lies behind cuts nothing."""
+
+
 @_rule("Slice")
 def _slice(node: ir.Node) -> ir.Value | None:
-    starts, ends = constant(node.inputs[1]), constant(node.inputs[2])
+    """Axis by axis: from the start, in steps of one, to an end that is the axis's or beyond."""
+    source, starts, ends = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
     steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
     if starts is None or ends is None or steps is None or starts.any() or (steps != 1).any():
         return None
-    if (ends >= np.iinfo(np.int32).max).all():
-        return node.inputs[0]
-    return node.inputs[0] if _same_static_shape(node.inputs[0], node.outputs[0]) else None
+    if _same_static_shape(source, node.outputs[0]) or (ends >= _NO_END).all():
+        return source
+    sizes = dims(source)
+    axes = constant(node.inputs[3]) if len(node.inputs) > 3 else np.arange(len(ends))
+    if sizes is None or axes is None or 0 in sizes:
+        return None
+    known = math.prod(size for size in sizes if size is not None)
+    beyond = min(_NO_END, _NO_MEMORY // known + 1)
+    for axis, end in zip(axes.tolist(), ends.tolist(), strict=True):
+        size = sizes[axis]
+        if end < (beyond if size is None else size):
+            return None
+    return source
 
 
 @_rule("Pad")

@@ -107,7 +107,7 @@ def signed(matrix: Array, form: Form) -> Blocks:
         part = matrix[rows]
         edges = np.arange(0, len(part), form.block_size)
         low, high = np.minimum.reduceat(part, edges), np.maximum.reduceat(part, edges)
-        scale = linear.fit_signed(low, high, form.codes)
+        scale = linear.fit_signed(np.where(high > -low, high, low), form.codes)
         _fill(made, part, rows, blocks, scale, np.zeros(scale.shape, np.int64), form.codes)
         # What follows overwrites its arguments: they are as large as the stripe.
         ratio = part / np.repeat(scale, form.block_size, axis=0)[: len(part)]

@@ -115,23 +115,24 @@ def fit(low: Array, high: Array, to: Grid, *, symmetric: bool) -> tuple[Array, A
     return scale.astype(np.float32), zero.astype(np.int64)
 
 
-def fit_signed(low: Array, high: Array, to: Grid) -> Array:
+def fit_signed(largest: Array, to: Grid) -> Array:
     """Fit all codes of a signed grid to ranges: the largest value becomes the lowest code.
 
     ``scale = max|x| / 2^(b-1)``, negative where the largest value is positive: a step is smaller
     than the textbook's by 1 / 2^(b-1). ONNX Runtime and llama.cpp (Q4_0) do so too.
 
     Args:
-        low, high: Least and largest value, elementwise.
+        largest: The value with the largest magnitude, elementwise (float32).
         to: The grid, its lowest code included; the zero point is 0.
 
     Returns:
         Scales (float32, never 0).
     """
-    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    scale = np.where(high > -low, high, low) / to.low
+    scale = largest / np.float32(to.low)  # a power of two: nothing is lost
     small = np.abs(scale) < np.finfo(np.float32).tiny
-    return np.where(small, 1.0 / (to.high - to.low), scale).astype(np.float32)
+    if small.any():
+        scale = np.where(small, np.float32(1.0 / (to.high - to.low)), scale)
+    return np.asarray(scale, np.float32)
 
 
 def refitted(scale: Array, products: Array, squares: Array) -> Array:

@@ -12,6 +12,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from trivium.compiler import lean_imports
+
+lean_imports.install()
+
 # ONNX Runtime otherwise reports to its maker, and leaves an identifier in the user's cache folder
 # and a file in the temporary one. It looks at this once, when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

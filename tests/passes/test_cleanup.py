@@ -95,10 +95,24 @@ def test_no_op_goes(body: str, left: dict[str, int]) -> None:
         "(float[A,B] x, int64[2] s) => (float[C,D] y) { y = Reshape(x, s) }",
         "(float[2,3] x) => (float[2,3] y) { y = Dropout(x) }",
         "(int32[2] x) => (int32[2] y) { s = Constant<value=int32 {2}>() y = Div(x, s) }",
+        "(float[A,256] x) => (float[B,256] y) { s = Constant<value=int64[2] {0,0}>() "
+        "e = Constant<value=int64[2] {1000000,256}>() y = Slice(x, s, e) }",
+        "(float[A,4] x) => (float[A,3] y) { s = Constant<value=int64[2] {0,0}>() "
+        "e = Constant<value=int64[2] {2147483647,-1}>() y = Slice(x, s, e) }",
     ],
 )
 def test_what_only_looks_like_a_no_op_stays(text: str) -> None:
     declined(RemoveNoOps(), model(text))
+
+
+def test_slice_of_every_axis_to_its_end_or_beyond_goes() -> None:
+    made = model(
+        "(float[A,512,256] x) => (float[B,512,256] y) { s = Constant<value=int64[3] {0,0,0}>() "
+        "e = Constant<value=int64[3] {256,1000000000,512}>() "
+        "a = Constant<value=int64[3] {-1,0,1}>() "
+        "c = Slice(x, s, e, a) y = Relu(c) }"
+    )
+    assert check(RemoveNoOps(), made) == {"Relu": 1}
 
 
 # --- constants ------------------------------------------------------------------------------------

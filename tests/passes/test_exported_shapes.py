@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
+import pytest
 
 from tests.property.graphs import run
 from trivium.passes.fill_shapes import FillShapes
@@ -26,6 +29,44 @@ def test_sizes_are_followed_through_arithmetic() -> None:
     assert InferSymbolicShapes()(made).modified
     assert str(made.graph.outputs[0].shape) == "[B,S]"
     assert not InferSymbolicShapes()(made).modified
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "found"),
+    [
+        ("N,64,1,1", "{-1,64}", "[N,64]"),
+        ("unk__7,6,4", "{0,-1}", "[unk__7,24]"),
+        ("N,6,M", "{0,6,-1}", "[N,6,M]"),
+    ],
+)
+def test_what_a_reshape_to_constants_leaves_over_is_named_without_the_library(
+    monkeypatch: pytest.MonkeyPatch, shape: str, target: str, found: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx_shape_inference", None)
+    rank = target.count(",") + 1
+    made = model(
+        f"(float[{shape}] x) => (float[{','.join('PQR'[:rank])}] z) {{ "
+        f"t = Constant<value=int64[{rank}] {target}>() y = Reshape(x, t) z = Relu(y) }}"
+    )
+    for node in made.graph:
+        node.outputs[0].shape = None
+    assert InferSymbolicShapes()(made).modified
+    assert [str(node.outputs[0].shape) for node in made.graph] == [found, found]
+    assert not InferSymbolicShapes()(made).modified
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"), [("N,64", "{-1,32}"), ("N,M,64", "{-1,64}"), ("N,M", "{-1,0}")]
+)
+def test_what_a_reshape_mixes_gets_no_name_of_an_input(shape: str, target: str) -> None:
+    made = model(
+        f"(float[{shape}] x) => (float[P,Q] y) {{ t = Constant<value=int64[2] {target}>() "
+        "y = Reshape(x, t) }"
+    )
+    made.graph.outputs[0].shape = None
+    InferSymbolicShapes()(made)
+    found = made.graph.outputs[0].shape
+    assert found is None or found[0] not in ("N", "M") or str(found) == "[N,M]"
 
 
 def test_a_known_size_becomes_a_constant() -> None:
