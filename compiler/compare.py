@@ -35,7 +35,7 @@ from trivium.compiler.job import SAMPLES
 from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.prices import Table, priced
 from trivium.compiler.recipe import Context
-from trivium.compiler.rows import name_of, row, seconds_of, workload_json
+from trivium.compiler.rows import NO_CHANGE, name_of, row, seconds_of, workload_json
 from trivium.compiler.timing import time_calls
 from trivium.compiler.types import Candidate, Estimate, Target, TensorInfo, Workload
 
@@ -248,6 +248,7 @@ class _Optimized:
 
     Attributes:
         problem: Why the recipe could not be run, if it could not.
+        unchanged: Whether the recipe has passes and none of them did anything.
         legalized: What backends made of it so far, by the passes that they ran.
         seen: What cost models asked of those graphs so far.
     """
@@ -256,6 +257,7 @@ class _Optimized:
     workload: Workload
     pairs: list[tuple[Target, str]]
     problem: str = ""
+    unchanged: bool = False
     legalized: dict[str, ir.Model] = field(default_factory=dict)
     seen: kernels.Seen = field(default_factory=WeakKeyDictionary)
 
@@ -322,12 +324,12 @@ def _optimized(
             source.seed,
             group[0][1] if by_backend else None,
         )
-        problem = ""
+        problem, unchanged = "", False
         try:
-            recipe.sketch(chosen, made, context)
+            unchanged = recipe.changes_nothing(recipe.sketch(chosen, made, context))
         except TriviumError as error:
             problem = f"recipe {chosen.name}: {error}"
-        yield _Optimized(made, source.workload, group, problem)
+        yield _Optimized(made, source.workload, group, problem, unchanged)
 
 
 def _feeds(
@@ -381,7 +383,8 @@ def _candidate(
     except TriviumError as error:
         return replace(made, refusals=(str(error),))
     unfit = does_not_fit(estimate, target)
-    return replace(made, estimate=estimate, refusals=(unfit,) if unfit else ())
+    made = replace(made, estimate=estimate, refusals=(unfit,) if unfit else ())
+    return _noted(made, f"{NO_CHANGE} of this model") if optimized.unchanged else made
 
 
 @dataclass(frozen=True)

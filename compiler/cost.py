@@ -7,7 +7,7 @@ with the reason in ``notes``; nothing here raises for a model that it cannot pre
 
 Every figure carries an 80% interval: for the latency from the spread of the calibration's
 residuals (log-normal), for energy and money from the latency's, for memory from no reuse overhead
-to twice the live activations (what allocators and workspaces add).
+to twice the live activations besides caches (what allocators and workspaces add).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.kernels import Fused, Kernel, break_down
 from trivium.compiler.machines.base import Context, KernelTime, Machine
 from trivium.compiler.passing import is_op
-from trivium.compiler.shapes import open_dims
+from trivium.compiler.shapes import flag_for, open_dims
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Workload
 from trivium.compiler.work import resident_bytes, value_bytes
 
@@ -80,9 +80,11 @@ class Profile:
 
 def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profile) -> Estimate:
     """Predict one call of a legalized model on a target."""
-    open_ = open_dims(models.signature(model)[0])
+    inputs = models.signature(model)[0]
+    open_ = open_dims(inputs)
     if open_:
-        note = f"not predicted: {', '.join(open_)} symbolic; bind with --shape"
+        note = f"not predicted: {', '.join(open_)} symbolic; bind with --shape, "
+        note += f"e.g. {flag_for(inputs)}"
         return Estimate(None, calibration=profile.calibration, notes=(note,))
     try:
         parts = break_down(model.graph, profile.fused)
@@ -112,6 +114,7 @@ def roofline(model: ir.Model, target: Target, workload: Workload, profile: Profi
         link or 0.0,
         weights,
         activations * share,
+        parts.cache_bytes * share,
         tuple(dict.fromkeys(notes)),
     )
 
@@ -257,10 +260,11 @@ def _finish(
     link: float,
     weights: float,
     activations: float,
+    caches: float,
     notes: tuple[str, ...],
 ) -> Estimate:
     peak = weights + activations
-    intervals = {"bytes_peak": (peak, weights + 2 * activations)}
+    intervals = {"bytes_peak": (peak, peak + activations - caches)}
     if seconds is None:
         return Estimate(
             None,

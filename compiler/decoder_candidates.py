@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 from trivium.compiler import decoder_cost, plugins
 from trivium.compiler import recipe as recipes
 from trivium.compiler.backend import cache_form
-from trivium.compiler.cost import does_not_fit
 from trivium.compiler.decoder_cost import PARTS, Costs, Graphs, Serving
 from trivium.compiler.errors import BadInput, TriviumError
 from trivium.compiler.prepare import Progress
+from trivium.compiler.rows import NO_CHANGE
 from trivium.compiler.types import Bound, Candidate, Estimate, OpCost, Target, Work, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from trivium.compiler.generator import Form
     from trivium.compiler.recipe import Recipe
 
 NEW_TOKENS = 128
@@ -51,6 +52,10 @@ def workload(context: int, new_tokens: int | None, batch: int = 1) -> Workload:
     return Workload(batch=batch, prompt_tokens=context - new, new_tokens=new)
 
 
+_After = tuple["ir.Model", bool] | tuple[None, str]
+"""A model after a recipe and whether that changed nothing, or why it could not be run."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A decoder read once for all recipes and targets."""
@@ -72,31 +77,56 @@ class Decoder:
         """Price a recipe on targets with backends, for each load."""
         by_target = recipes.asks_for(recipe, "target")
         by_backend = recipes.asks_for(recipe, "backend")
-        known: dict[tuple[str, str], Graphs | str] = {}
+        models: dict[tuple[str, str], _After] = {}
+        known: dict[tuple[str, str, Form], Graphs | str] = {}
         for target, name in pairs:
+            problem = _cannot(name)
+            if problem:
+                yield from _refused(target, name, recipe.name, loads, problem)
+                continue
             key = (target.name if by_target else "", name if by_backend else "")
-            if key not in known:
+            if key not in models:
                 progress(" ".join(("recipe", recipe.name, *filter(None, key))))
-                known[key] = self._graphs(recipe, target, name)
+                models[key] = self._after(recipe, target, name)
+            form = cache_form(plugins.get("trivium.backends", name)) or "static"
+            if (*key, form) not in known:
+                known[*key, form] = self._graphs(models[key], recipe, form)
             progress(f"predicting: {target.name} with {name}")
-            yield from _on(known[key], target, name, recipe.name, loads)
+            made_of = models[key]
+            notes = (f"{NO_CHANGE} of this model",) if made_of[1] is True else ()
+            for made in _on(known[*key, form], target, name, recipe.name, loads):
+                yield _noted(made, notes)
 
-    def _graphs(self, recipe: Recipe, target: Target, backend: str) -> Graphs | str:
+    def _after(self, recipe: Recipe, target: Target, backend: str) -> _After:
         try:
             context = recipes.Context(target=target, backend=backend)
-            return Graphs(self.model, self.name, recipe, context)
+            return decoder_cost.after(recipe, self.model, context)
+        except TriviumError as error:
+            return None, f"recipe {recipe.name}: {error}"
+
+    def _graphs(self, made: _After, recipe: Recipe, form: Form) -> Graphs | str:
+        if made[0] is None:
+            return made[1]
+        try:
+            return Graphs(made[0], self.name, form)
         except TriviumError as error:
             return f"recipe {recipe.name}: {error}"
+
+
+def _refused(
+    target: Target, backend: str, recipe: str, loads: Sequence[Workload], problem: str
+) -> Iterator[Candidate]:
+    for load in loads:
+        yield Candidate(target, backend, recipe, None, refusals=(problem,), batch=load.batch)
 
 
 def _on(
     graphs: Graphs | str, target: Target, backend: str, recipe: str, loads: Sequence[Workload]
 ) -> Iterator[Candidate]:
-    bare = [Candidate(target, backend, recipe, None, batch=load.batch) for load in loads]
-    problem = graphs if isinstance(graphs, str) else _cannot(backend)
-    if isinstance(graphs, str) or problem:
-        yield from (replace(one, refusals=(problem,)) for one in bare)
+    if isinstance(graphs, str):
+        yield from _refused(target, backend, recipe, loads, graphs)
         return
+    bare = [Candidate(target, backend, recipe, None, batch=load.batch) for load in loads]
     costs = Costs("", target, backend, graphs=graphs)
     for one, load in zip(bare, loads, strict=True):
         try:
@@ -104,6 +134,13 @@ def _on(
         except TriviumError as error:
             refusals = tuple(getattr(error, "refusals", ())) or (str(error),)
             yield replace(one, refusals=refusals)
+
+
+def _noted(candidate: Candidate, notes: tuple[str, ...]) -> Candidate:
+    estimate = candidate.estimate
+    if not notes or estimate is None:
+        return candidate
+    return replace(candidate, estimate=replace(estimate, notes=(*estimate.notes, *notes)))
 
 
 def _cannot(backend: str) -> str:
@@ -122,9 +159,7 @@ def _priced(candidate: Candidate, costs: Costs, load: Workload) -> Candidate:
     first = costs.call(batch, prompt, prompt)
     steps = [costs.call(batch, 1, prompt + int(new * part)) for part in PARTS]
     estimate = _estimate(serving, first, steps, new)
-    unfit = does_not_fit(estimate, candidate.target)
-    if unfit and serving.largest_batch:
-        unfit += f": {serving.largest_batch} sequences of {prompt + new} tokens fit, not {batch}"
+    unfit = decoder_cost.does_not_fit(serving, candidate.target, batch, prompt + new)
     return replace(
         candidate,
         estimate=estimate,
@@ -210,6 +245,7 @@ def _json(
         "tokens_per_s_interval": intervals.get("tokens_per_s"),
         "weights_bytes": serving.weights_bytes,
         "cache_bytes": serving.cache_bytes,
+        "cache_dtype": costs.cache_dtype,
         "largest_batch": serving.largest_batch,
         "by_context": [
             {

@@ -20,6 +20,7 @@ from trivium.compiler import kernels, prepare, shapes
 from trivium.compiler import model as models
 from trivium.compiler import recipe as recipes
 from trivium.compiler import targets as target_names
+from trivium.compiler.backend import cache_form
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.generation.recognize import recognize
 from trivium.compiler.recipe import Recipe, Step
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.backend import Backend
-    from trivium.compiler.generator import Generator
+    from trivium.compiler.generator import Form, Generator
 
 PARTS = (0.125, 0.375, 0.625, 0.875)
 """Where a generation is sampled: its steps get longer with the cache."""
@@ -98,19 +99,16 @@ class Graphs:
     Targets for which a backend runs the same passes share them.
 
     Args:
-        model: In normal form, its shapes open; left as it is.
+        model: After the recipe, its shapes open; left as it is.
         name: Of the model, for errors.
+        form: The caches that the backends want, where the model has none.
 
     Raises:
         Unsupported: No cache can be given to the model.
     """
 
-    def __init__(
-        self, model: ir.Model, name: str, recipe: Recipe, context: recipes.Context | None = None
-    ) -> None:
-        made = model.clone()
-        recipes.sketch(recipe, made, context)
-        self.model, self.generator = _with_caches(made, name)
+    def __init__(self, model: ir.Model, name: str, form: Form = "static") -> None:
+        self.model, self.generator = _with_caches(model.clone(), name, form)
         self._legalized: dict[tuple[str, int, int, int], ir.Model] = {}
         self._steps: dict[tuple[str, int], ir.Model] = {}
         self._passes: dict[tuple[str, int], prepare.Passes] = {}
@@ -173,8 +171,9 @@ class Graphs:
         infos = {info.name: info for info in models.signature(self.model)[0]}
         rows, tokens = infos[generator.tokens].shape
         sizes: dict[int | str, int] = {rows: batch, tokens: new}
+        held = context - new if generator.form == "growing" else context
         for cache in generator.caches:
-            sizes[cache.shape[cache.length_axis]] = context
+            sizes[cache.shape[cache.length_axis]] = held
         for name in filter(None, (generator.chosen, generator.start)):
             sizes.setdefault(infos[name].shape[0], 1)
         if generator.mask is not None:
@@ -183,8 +182,17 @@ class Graphs:
 
 
 def normalized(path: str | os.PathLike[str]) -> ir.Model:
-    """A model in normal form with its shapes open, as `Graphs` take it."""
+    """A model in normal form with its shapes open."""
     return prepare.optimize(Path(path))[0]
+
+
+def after(
+    recipe: Recipe, model: ir.Model, context: recipes.Context | None = None
+) -> tuple[ir.Model, bool]:
+    """A model in normal form after a recipe, as `Graphs` take it, and whether that did nothing."""
+    made = model.clone()
+    applied = recipes.sketch(recipe, made, context)
+    return made, recipes.changes_nothing(applied)
 
 
 class Costs:
@@ -213,13 +221,19 @@ class Costs:
         if graphs is None:
             chosen = recipes.read(recipe) if isinstance(recipe, str) else recipe
             context = recipes.Context(target=self.target, backend=self.backend.name)
-            graphs = Graphs(normalized(path), Path(path).name, chosen, context)
+            model, _ = after(chosen, normalized(path), context)
+            graphs = Graphs(model, Path(path).name, cache_form(self.backend) or "static")
         self.graphs, self.generator = graphs, graphs.generator
         self._memo: dict[tuple[int, int, int], Estimate] = {}
 
     @property
     def weights_bytes(self) -> float:
         return self.graphs.weights_bytes
+
+    @property
+    def cache_dtype(self) -> str:
+        """What keys and values are held in, as a compile leaves them."""
+        return ", ".join(dict.fromkeys(cache.dtype for cache in self.generator.caches))
 
     def cache_bytes(self, batch: int, tokens: int) -> float:
         """Of a batch whose sequences are so long."""
@@ -234,10 +248,10 @@ class Costs:
         return self._memo[key]
 
 
-def _with_caches(model: ir.Model, name: str) -> tuple[ir.Model, Generator]:
+def _with_caches(model: ir.Model, name: str, form: Form) -> tuple[ir.Model, Generator]:
     found = recognize(model)
     if found is None:
-        options = {"form": "static", "outputs": "chosen"}
+        options = {"form": form, "outputs": "chosen"}
         step = Recipe("generator", (Step("insert-kv-cache", options),))
         (applied,) = recipes.run(step, model, recipes.Context())
         found = recognize(model) if applied.modified else None
@@ -266,7 +280,7 @@ def predict(costs: Costs, workload: Workload, speculation: Speculation | None = 
     first = costs.call(batch, prompt, prompt)
     steps = [_step(costs, batch, prompt + int(new * part), speculation) for part in PARTS]
     cache = costs.cache_bytes(batch, context)
-    largest = _largest_batch(costs, prompt, context)
+    largest = _largest_batch(costs, batch, prompt, context)
     rounds = math.ceil(workload.concurrency / batch)
     notes = (*first.notes, *(note for step in steps for note in step.notes))
     made = Serving(
@@ -276,15 +290,13 @@ def predict(costs: Costs, workload: Workload, speculation: Speculation | None = 
         None,
         cache,
         costs.weights_bytes,
-        first.bytes_peak,
+        _peak(costs, batch, prompt, context),
         largest,
         rounds,
         {},
         first.calibration,
         tuple(dict.fromkeys(notes)),
     )
-    peaks = [one.bytes_peak for one in (first, *steps) if one.bytes_peak is not None]
-    made = replace(made, bytes_peak=max(peaks, default=None))
     seconds = [one.seconds for one in steps]
     if first.seconds is None or any(one is None for one in seconds):
         return made
@@ -298,9 +310,8 @@ def predict(costs: Costs, workload: Workload, speculation: Speculation | None = 
         "tokens_per_s": batch * new * rounds / total,
     }
     bounds = {name: (value / wide, value * wide) for name, value in figures.items()}
-    if largest is not None and batch > largest:
-        note = f"a batch of {batch} does not fit: {largest} sequences of {context} tokens do"
-        made = replace(made, notes=(*made.notes, note))
+    if unfit := does_not_fit(made, costs.target, batch, context):
+        made = replace(made, notes=(*made.notes, f"a batch of {batch} does not fit: {unfit}"))
     return replace(
         made,
         step_s=figures["step_s"],
@@ -322,12 +333,40 @@ def _step(costs: Costs, batch: int, context: int, speculation: Speculation | Non
     return replace(check, seconds=rounds / speculation.accepted)
 
 
-def _largest_batch(costs: Costs, prompt: int, context: int) -> int | None:
+def _peak(costs: Costs, batch: int, prompt: int, context: int) -> float | None:
+    """On one chip: the prompt's call, beside caches that have room for all that is generated."""
+    peak = costs.call(batch, prompt, prompt).bytes_peak
+    if peak is None:
+        return None
+    room = costs.cache_bytes(batch, context) - costs.cache_bytes(batch, prompt)
+    return peak + room / costs.target.chips
+
+
+def _largest_batch(costs: Costs, batch: int, prompt: int, context: int) -> int | None:
     """How many sequences fit beside the weights, with what a prefill of them holds live."""
-    memory = costs.target.memory_bytes
-    peak = costs.call(1, prompt, prompt).bytes_peak
+    memory, peak = costs.target.memory_bytes, _peak(costs, batch, prompt, context)
     if memory is None or peak is None:
         return None
-    live = max(peak - costs.weights_bytes - costs.cache_bytes(1, prompt), 0.0)
-    room = memory * USABLE - costs.weights_bytes
-    return max(int(room // (costs.cache_bytes(1, context) + live)), 0)
+    fixed = costs.weights_bytes
+    if costs.target.chips > 1:
+        # What a chip has of the weights is not told: two batches tell what a sequence takes.
+        one = _peak(costs, 1, prompt, context) if batch > 1 else None
+        if one is None or one >= peak:
+            return None
+        fixed = one - (peak - one) / (batch - 1)
+    each = (peak - fixed) / batch
+    return max(int((memory * USABLE - fixed) // each), 0)
+
+
+def does_not_fit(serving: Serving, target: Target, batch: int, context: int) -> str:
+    """Why a batch does not fit into a chip beside the weights; empty where it does, or unknown."""
+    peak, memory = serving.bytes_peak, target.memory_bytes
+    if peak is None or memory is None or peak <= memory * USABLE:
+        return ""
+    fits = serving.largest_batch
+    room = "not one sequence" if not fits else f"{fits} sequence{'s' if fits > 1 else ''}"
+    rest = f": {room} of {context} tokens would fit" if fits is not None and fits < batch else ""
+    return (
+        f"needs {peak / 2**30:.2f} GiB of memory, and of the {memory / 2**30:.2f} of a chip of "
+        f"{target.name} {USABLE:.0%} can be used{rest}"
+    )

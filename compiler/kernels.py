@@ -107,10 +107,12 @@ class Breakdown:
 
     Attributes:
         activation_bytes: The most that is live at once, see `peak_activation_bytes`.
+        cache_bytes: What of that are caches.
     """
 
     kernels: tuple[Kernel, ...]
     activation_bytes: float
+    cache_bytes: float = 0.0
 
 
 Seen = WeakKeyDictionary[ir.Graph, dict[Hashable, Any]]
@@ -148,14 +150,28 @@ def break_down(graph: ir.Graph, fused: Fused) -> Breakdown:
     return remembered(
         graph,
         fused,
-        lambda: Breakdown(tuple(kernels_of(graph, fused)), peak_activation_bytes(graph, fused)),
+        lambda: Breakdown(
+            tuple(kernels_of(graph, fused)),
+            peak_activation_bytes(graph, fused),
+            sum(value_bytes(value) for value in written_in_place(graph)),
+        ),
     )
+
+
+def is_alias(node: ir.Node) -> bool:
+    """Whether a node is another name for its first input: one of `ALIASES`, or what gives the
+    dequantized the type that it is read in."""
+    if is_op(node, "Cast"):
+        value = node.inputs[0]
+        maker = value.producer() if value is not None else None
+        return maker is not None and is_op(maker, "DequantizeLinear")
+    return is_op(node, *ALIASES)
 
 
 def root(value: ir.Value) -> ir.Value:
     """The value whose bytes a reader of ``value`` reads."""
     node = value.producer()
-    while node is not None and is_op(node, *ALIASES) and node.inputs[0] is not None:
+    while node is not None and is_alias(node) and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value
@@ -175,7 +191,7 @@ class Grouping:
     """Which group each node of a graph belongs to, and who reads what."""
 
     def __init__(self, graph: ir.Graph, fused: Fused) -> None:
-        self.nodes = [node for node in graph if not is_op(node, *ALIASES)]
+        self.nodes = [node for node in graph if not is_alias(node)]
         self.returned = {root(value) for value in graph.outputs}
         self.readers: dict[ir.Value, list[ir.Node]] = {}
         for node in self.nodes:
@@ -300,14 +316,38 @@ def _add(table: dict[str, float], dtype: str, count: float) -> None:
         table[dtype] = table.get(dtype, 0.0) + count
 
 
+_APPENDING: dict[str, dict[int, int]] = {
+    "TensorScatter": {0: 0},
+    "Attention": {1: 4, 2: 5},
+    "GroupQueryAttention": {1: 3, 2: 4},
+}
+"""Operators that add to a cache: which output is which input with the new entries."""
+
+
+def written_in_place(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
+    """Caches as a call leaves them, each with what it found: whoever drives a generator gives both
+    the same memory, or lets the engine keep them."""
+    found = {}
+    for node in graph:
+        for out, into in _APPENDING.get(node.op_type, {}).items():
+            if out >= len(node.outputs) or into >= len(node.inputs):
+                continue
+            value, cache = node.outputs[out], node.inputs[into]
+            if value.is_graph_output() and cache is not None and cache.is_graph_input():
+                found[value] = cache
+    return found
+
+
 def peak_activation_bytes(graph: ir.Graph, fused: Fused) -> float:
     """The most bytes of inputs, outputs and intermediate values that are live at once.
 
     Nodes run in the graph's order; inputs stay for the whole call; a value that never leaves its
-    kernel takes no memory.
+    kernel takes no memory. A cache is counted as long as the call leaves it.
     """
     grouping = Grouping(graph, fused)
-    live = sum(value_bytes(value) for value in graph.inputs if not value.is_initializer())
+    kept = written_in_place(graph)
+    inputs = {value for value in graph.inputs if not value.is_initializer()}
+    live = sum(value_bytes(value) for value in (*inputs.difference(kept.values()), *kept))
     last: dict[ir.Value, int] = {}
     for index, node in enumerate(grouping.nodes):
         for value in _read_by(node):
@@ -318,7 +358,8 @@ def peak_activation_bytes(graph: ir.Graph, fused: Fused) -> float:
             dying.setdefault(index, []).append(value)
     peak = live
     for index, node in enumerate(grouping.nodes):
-        live += sum(value_bytes(value) for value in node.outputs if grouping.leaves(value))
+        made = (v for v in node.outputs if v not in kept and grouping.leaves(v))
+        live += sum(value_bytes(value) for value in made)
         peak = max(peak, live)
         live -= sum(value_bytes(value) for value in dying.get(index, ()) if grouping.leaves(value))
     return peak

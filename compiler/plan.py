@@ -1,7 +1,7 @@
 """Choosing: constraints and an objective over the candidates of a comparison.
 
-The choice uses predictions at their point, and measurements where there are any; a candidate whose
-interval reaches past a limit is told so. Every loser keeps the reason why it lost.
+The choice uses predictions at their point, and measurements where there are any. Every loser keeps
+the reason why it lost, and what would have to change for it to win.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trivium.compiler import whatif
+from trivium.compiler import reasons, whatif
 from trivium.compiler.compare import Backends, Quality, compare
 from trivium.compiler.errors import BadInput, ConstraintUnmet
 from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.prices import Table
 from trivium.compiler.rows import name_of, row
-from trivium.compiler.types import Candidate, Estimate, Plan, Target
+from trivium.compiler.types import Candidate, Plan, Target
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
@@ -49,41 +49,6 @@ class Constraints:
 
     def to_json(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A quantity of a candidate: how it is called, printed, and whether more is better."""
-
-    label: str
-    unit: str
-    key: str
-    more_is_better: bool = False
-
-
-OBJECTIVES: dict[str, Figure] = {
-    "latency": Figure("latency", "s", "latency_s"),
-    "throughput": Figure("throughput", "calls/s", "throughput_per_s", more_is_better=True),
-    "cost": Figure("cost", "USD per million calls", "usd_per_million"),
-    "energy": Figure("energy", "J", "energy_per_sample_j"),
-}
-
-GENERATING = {
-    "throughput_per_s": "tokens/s",
-    "usd_per_million": "USD per million tokens",
-    "energy_per_sample_j": "J per token",
-}
-"""Units of a generator's figures, by key."""
-
-LIMITS: dict[str, Figure] = {
-    "max_latency_s": OBJECTIVES["latency"],
-    "min_throughput_per_s": OBJECTIVES["throughput"],
-    "max_memory_bytes": Figure("memory", "bytes", "memory_bytes"),
-    "max_usd_per_million": OBJECTIVES["cost"],
-    "max_watts": Figure("power", "W", "watts"),
-    "max_drop": Figure("drop of the metric", "", "drop"),
-    "max_first_token_s": Figure("time to the first token", "s", "first_token_s"),
-}
 
 
 def plan(
@@ -140,150 +105,34 @@ def plan(
 
 def choose(candidates: Sequence[Candidate], constraints: Constraints, objective: Objective) -> Plan:
     """Rank candidates and say of each why it won or lost."""
-    aim = OBJECTIVES[objective]
+    aim, limits = reasons.OBJECTIVES[objective], constraints.to_json()
     keeping: list[tuple[float, Candidate]] = []
+    unranked: list[Candidate] = []
     losing: list[Candidate] = []
-    for candidate in whatif.pareto(candidates):
-        problem, change = _problem(candidate, constraints, aim)
+    marked = whatif.pareto(candidates)
+    for candidate in marked:
+        if candidate.refusals:
+            problem, change = reasons.refused(candidate)
+        else:
+            problem, change = reasons.problems(candidate, limits, marked)
+        value = reasons.figure(candidate, aim)
         if problem:
             losing.append(replace(candidate, verdict=problem, wins_if=change))
+        elif value is None:
+            unranked.append(replace(candidate, verdict=reasons.unknown(candidate, aim)))
         else:
-            keeping.append((figure(candidate, aim) or 0.0, candidate))
-    keeping.sort(key=lambda pair: -pair[0] if aim.more_is_better else pair[0])
-    ranked = [_judged(value, c, keeping[0], constraints, aim) for value, c in keeping]
+            keeping.append((value, candidate))
+    # Of equals the one with the simpler recipe goes first.
+    sign = -1.0 if aim.more_is_better else 1.0
+    keeping.sort(key=lambda pair: (sign * pair[0], reasons.unchanged(pair[1])))
+    ranked = [reasons.judged(value, c, keeping, aim) for value, c in keeping]
     if keeping:
-        losing = [_would_win(c, aim, keeping[0][0]) for c in losing]
-    return Plan(objective, constraints.to_json(), (*ranked, *losing))
-
-
-def _would_win(candidate: Candidate, aim: Figure, best: float) -> Candidate:
-    """Say of a candidate whose own figure is unknown what it would have to be."""
-    if not candidate.feasible or candidate.wins_if or figure(candidate, aim) is not None:
-        return candidate
-    return replace(candidate, wins_if=_change(candidate, aim, None, best))
-
-
-def figure(candidate: Candidate, wanted: Figure) -> float | None:
-    """A quantity of a candidate, measured if it was; ``None`` if unknown."""
-    if wanted.key == "watts":
-        watts = candidate.target.watts
-        return None if watts is None else watts * candidate.target.chips
-    if wanted.key == "drop":
-        drop = (candidate.quality or {}).get("drop")
-        return None if drop is None else float(drop)
-    if wanted.key == "first_token_s":
-        first = (candidate.serving or {}).get("first_token_s")
-        return None if first is None else float(first)
-    if candidate.measured is not None and wanted.key in ("latency_s", "throughput_per_s"):
-        seconds = float(candidate.measured["latency_s"])
-        return seconds if wanted.key == "latency_s" else candidate.batch / seconds
-    value = row(candidate)[wanted.key]
-    return None if value is None else float(value)
-
-
-def _problem(candidate: Candidate, constraints: Constraints, aim: Figure) -> tuple[str, str]:
-    """Why a candidate is out, or an empty text; and what would let it in."""
-    if candidate.refusals:
-        more = f" (and {len(candidate.refusals) - 1} more)" if len(candidate.refusals) > 1 else ""
-        return f"cannot run it: {candidate.refusals[0]}{more}", ""
-    for name, limit in constraints.to_json().items():
-        known = LIMITS[name]
-        value = figure(candidate, known)
-        if value is None:
-            change = _change(candidate, known, None, limit)
-            return (
-                f"{known.label} unknown, so the limit cannot be checked{_why(candidate, known)}",
-                change,
-            )
-        wrong = value < limit if known.more_is_better else value > limit
-        if wrong:
-            times = limit / value if known.more_is_better else value / limit if limit else 0.0
-            relation = "below" if known.more_is_better else "above"
-            factor = f" ({times:.2g} times)" if times else ""
-            problem = (
-                f"{known.label} {_shown(value, known, candidate)} is {relation} the limit of "
-                f"{_shown(limit, known, candidate)}{factor}"
-            )
-            return problem, _change(candidate, known, value, limit)
-    if figure(candidate, aim) is None:
-        return f"{aim.label} unknown{_why(candidate, aim)}", ""
-    return "", ""
-
-
-def _change(candidate: Candidate, known: Figure, value: float | None, wanted: float) -> str:
-    """What would bring a figure to what is wanted."""
-    if value is not None and abs(value - wanted) <= 0.005 * abs(wanted):
-        return ""  # as good as the best, or all but
-    if known.key == "usd_per_million":
-        return whatif.cheaper(candidate, wanted)
-    if value is None or not wanted:
-        return ""
-    if known.key == "energy_per_sample_j":
-        return whatif.thriftier(candidate, wanted)
-    if known.key == "memory_bytes":
-        return whatif.smaller(candidate, wanted)
-    if known.key == "latency_s":
-        return whatif.faster(candidate, value / wanted)
-    if known.key == "throughput_per_s":
-        return whatif.faster(candidate, wanted / value)
-    return ""
-
-
-_REASON = {"usd_per_million": "price", "energy_per_sample_j": "power", "watts": "power"}
-"""The word by which a note is the reason why a figure is unknown."""
-
-
-def _why(candidate: Candidate, known: Figure) -> str:
-    if known.key == "drop":
-        reason = (candidate.quality or {}).get("reason", "the recipe was not evaluated")
-        return f": {reason}"
-    notes = (candidate.estimate or Estimate(None)).notes
-    reasons = [note for note in notes if note.startswith(("no published", "not predicted"))]
-    word = _REASON.get(known.key, "")
-    named = [note for note in reasons if word in note]
-    if word and not named and candidate.estimate and candidate.estimate.seconds is not None:
-        return f": no published {word} of {candidate.target.name}"
-    return f": {(named or reasons)[0]}" if reasons else ""
-
-
-def _judged(
-    value: float,
-    candidate: Candidate,
-    first: tuple[float, Candidate],
-    constraints: Constraints,
-    aim: Figure,
-) -> Candidate:
-    best_value, best = first
-    if candidate is best:
-        return replace(candidate, verdict="best")
-    times = best_value / value if aim.more_is_better else value / best_value
-    verdict = (
-        f"{aim.label} {_shown(value, aim, candidate)}: {times:.2f} times that of {name_of(best)}"
-    )
-    if aim.more_is_better:
-        verdict = f"{aim.label} {_shown(value, aim, candidate)}: "
-        verdict += f"{1 / times:.2f} of that of {name_of(best)}"
-    if _overlap(candidate, best):
-        verdict += "; their intervals overlap"
-    change = _change(candidate, aim, value, best_value)
-    return replace(candidate, verdict=verdict, wins_if=change)
-
-
-def _overlap(one: Candidate, other: Candidate) -> bool:
-    a, b = row(one)["interval_s"], row(other)["interval_s"]
-    return bool(a and b and a[0] <= b[1] and b[0] <= a[1])
-
-
-def _shown(value: float, of: Figure, candidate: Candidate) -> str:
-    if of.unit == "s":
-        for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-            if value >= scale:
-                return f"{value / scale:.3g} {unit}"
-        return f"{value * 1e6:.3g} us"
-    if of.unit == "bytes":
-        return f"{value / 2**30:.3g} GiB"
-    unit = GENERATING.get(of.key, of.unit) if candidate.tokens else of.unit
-    return f"{value:.3g} {unit}"
+        # What its figure would have to be is known even where the figure is not.
+        best = keeping[0][0]
+        unranked = [replace(c, wins_if=reasons.change(c, aim, None, best)) for c in unranked]
+    # Those that can run it go before those that cannot.
+    losing.sort(key=lambda candidate: not candidate.feasible)
+    return Plan(objective, limits, (*ranked, *unranked, *losing))
 
 
 def require_best(chosen: Plan) -> Candidate:
@@ -312,6 +161,7 @@ def to_json(chosen: Plan) -> dict[str, Any]:
     ]
     best = next((r for r in rows if r["verdict"] == "best"), None)
     return {
+        "answer": reasons.answer(chosen.candidates, chosen.objective, chosen.constraints) or None,
         "objective": chosen.objective,
         "constraints": dict(chosen.constraints),
         "candidates": rows,

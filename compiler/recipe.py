@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,6 +224,11 @@ def sketch(recipe: Recipe, model: ir.Model, context: Context | None = None) -> l
 
     with sketched():
         return run(recipe, model, context)
+
+
+def changes_nothing(applied: Sequence[Applied]) -> bool:
+    """Whether passes were run and none of them did anything."""
+    return bool(applied) and not any(row.modified for row in applied)
 
 
 def run(recipe: Recipe, model: ir.Model, context: Context | None = None) -> list[Applied]:

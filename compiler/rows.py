@@ -10,6 +10,10 @@ SHOWN_REFUSALS = 20
 """A model of a foreign domain may be refused in thousands of nodes; a row keeps the first few."""
 
 
+NO_CHANGE = "the recipe changes nothing"
+"""How the note begins that says so."""
+
+
 def seconds_of(candidate: Candidate) -> float | None:
     """The predicted latency of a feasible candidate."""
     if not candidate.feasible or candidate.estimate is None:
@@ -34,6 +38,41 @@ def workload_json(workload: Workload) -> dict[str, Any]:
     return found
 
 
+def figure_of(candidate: Candidate, key: str) -> float | None:
+    """A predicted figure by the key that it has in a row; ``None`` if unknown."""
+    estimate, samples = candidate.estimate or Estimate(None), candidate.samples
+    if key == "latency_s":
+        return estimate.seconds
+    if key == "memory_bytes":
+        return estimate.bytes_peak
+    if key == "energy_per_sample_j":
+        return None if estimate.joules is None else estimate.joules / samples
+    if key == "usd_per_million":
+        return None if estimate.dollars is None else estimate.dollars * 1e6 / samples
+    assert key == "throughput_per_s", key
+    period = estimate.period_s if estimate.period_s is not None else estimate.seconds
+    return samples / period if period else None
+
+
+def interval_of(candidate: Candidate, key: str) -> tuple[float, float] | None:
+    """The 80% interval of a predicted figure; ``None`` if unknown."""
+    estimate, samples = candidate.estimate or Estimate(None), candidate.samples
+    if key == "memory_bytes":
+        return estimate.intervals.get("bytes_peak")
+    if key in ("energy_per_sample_j", "usd_per_million"):
+        name, scale = ("joules", 1.0) if key == "energy_per_sample_j" else ("dollars", 1e6)
+        pair = estimate.intervals.get(name)
+        return None if pair is None else (pair[0] * scale / samples, pair[1] * scale / samples)
+    if estimate.lo is None or estimate.hi is None or not estimate.seconds:
+        return None
+    if key == "latency_s":
+        return estimate.lo, estimate.hi
+    value = figure_of(candidate, "throughput_per_s")
+    if not value:
+        return None
+    return value * estimate.seconds / estimate.hi, value * estimate.seconds / estimate.lo
+
+
 def row(candidate: Candidate) -> dict[str, Any]:
     """A candidate as JSON; unknown is ``null`` with the reason in ``notes``.
 
@@ -44,7 +83,6 @@ def row(candidate: Candidate) -> dict[str, Any]:
     """
     target, estimate = candidate.target, candidate.estimate or Estimate(None)
     seconds = estimate.seconds
-    period = estimate.period_s if estimate.period_s is not None else seconds
     intervals = estimate.intervals
     hidden = len(candidate.refusals) - SHOWN_REFUSALS
     more = (f"and {hidden} more",) if hidden > 0 else ()
@@ -60,18 +98,16 @@ def row(candidate: Candidate) -> dict[str, Any]:
         "latency_s": seconds,
         "interval_s": None if estimate.lo is None else [estimate.lo, estimate.hi],
         "batch": candidate.batch,
-        "throughput_per_s": None if not period else candidate.samples / period,
+        "throughput_per_s": figure_of(candidate, "throughput_per_s"),
         "pipelined": estimate.period_s is not None,
         "memory_bytes": estimate.bytes_peak,
         "memory_interval_bytes": _pair(intervals.get("bytes_peak")),
         "memory_available_bytes": target.memory_bytes,
         "energy_j": estimate.joules,
         "energy_interval_j": _pair(intervals.get("joules")),
-        "energy_per_sample_j": None
-        if estimate.joules is None
-        else estimate.joules / candidate.samples,
-        "usd_per_million": _million(estimate.dollars, candidate.samples),
-        "usd_per_million_interval": _pair(intervals.get("dollars"), 1e6 / candidate.samples),
+        "energy_per_sample_j": figure_of(candidate, "energy_per_sample_j"),
+        "usd_per_million": figure_of(candidate, "usd_per_million"),
+        "usd_per_million_interval": _pair(interval_of(candidate, "usd_per_million")),
         "usd_per_hour": target.usd_per_hour,
         "price_source": target.sources.get("usd_per_hour"),
         "quality": dict(candidate.quality) if candidate.quality is not None else None,
@@ -87,12 +123,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _million(dollars: float | None, samples: int) -> float | None:
-    return None if dollars is None else dollars * 1e6 / samples
-
-
-def _pair(interval: tuple[float, float] | None, scale: float = 1.0) -> list[float] | None:
-    return None if interval is None else [interval[0] * scale, interval[1] * scale]
+def _pair(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _operators(estimate: Estimate) -> list[dict[str, Any]]:

@@ -194,10 +194,15 @@ def require_static(inputs: Iterable[TensorInfo], engine: str, otherwise: str = "
     still_open = open_dims(infos)
     if not still_open:
         return
-    example = next(i for i in infos if any(isinstance(d, str) for d in i.shape))
-    sizes = "x".join(str(d if isinstance(d, int) else 1) for d in example.shape)
     raise BadInput(
         f"{engine} needs every dimension fixed, and {', '.join(still_open)} "
         f"{'is' if len(still_open) == 1 else 'are'} symbolic",
-        remedy=f"bind them, e.g. --shape {example.name}={sizes}{otherwise}",
+        remedy=f"bind them, e.g. {flag_for(infos)}{otherwise}",
     )
+
+
+def flag_for(inputs: Iterable[TensorInfo]) -> str:
+    """An example of ``--shape`` that fixes an input with open dimensions, each to 1."""
+    example = next(i for i in inputs if any(isinstance(d, str) for d in i.shape))
+    sizes = "x".join(str(d if isinstance(d, int) else 1) for d in example.shape)
+    return f"--shape {example.name}={sizes}"

@@ -1,7 +1,8 @@
 """What would have to change for a candidate that lost to win, and which candidates nothing beats.
 
 An answer is a figure that somebody can act on: the price of an hour at which it would be cheapest,
-how much faster its bottleneck would have to be, the limit that would let it in.
+how much faster its bottleneck would have to be, the batch or the prompt that would let it in. It
+reads after "would win if".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trivium.compiler.report.units import bytes_, digits, seconds
-from trivium.compiler.rows import row, seconds_of
+from trivium.compiler.rows import figure_of, seconds_of
 from trivium.compiler.types import Candidate
 
 BOTTLENECK = {
@@ -25,12 +26,46 @@ AXES = ("latency_s", "energy_per_sample_j", "usd_per_million", "memory_bytes")
 
 
 def faster(candidate: Candidate, times: float) -> str:
-    """How much faster a call would have to be, and what takes its time."""
-    bound = (candidate.estimate.bound if candidate.estimate else None) or "none"
-    where = f", most of which is {BOTTLENECK[bound]}" if bound in BOTTLENECK else ""
+    """How much faster a call would have to be, and whether its bottleneck alone can do it."""
+    call = "its generation" if candidate.tokens else "its call"
     now = seconds_of(candidate)
-    wanted = "" if now is None else f": {seconds(now / times)} instead of {seconds(now)}"
-    return f"its call were {digits(times)} times faster{wanted}{where}"
+    if now is None:
+        return f"{call} were {digits(times)} times faster"
+    wanted = now / times
+    text = f"{call} were {digits(times)} times faster: {seconds(wanted)} instead of {seconds(now)}"
+    bound = (candidate.estimate.bound if candidate.estimate else None) or "none"
+    if bound not in BOTTLENECK:
+        return text
+    takes = _share(candidate, now) * now
+    left = now - takes
+    what = f"{BOTTLENECK[bound]} {'take' if bound == 'link' else 'takes'} {seconds(takes)}"
+    if left < wanted:
+        return f"{text}; {what} of that, which would have to be {seconds(wanted - left)}"
+    return f"{text}; {what} of that, and without it {seconds(left)} are left"
+
+
+def _share(candidate: Candidate, now: float) -> float:
+    """The part of a call that its bottleneck takes; what is in no kernel starts the call."""
+    estimate = candidate.estimate
+    if estimate is None or not estimate.by_op:
+        return 1.0
+    own = sum(op.seconds for op in estimate.by_op if op.bound == estimate.bound)
+    if estimate.bound == "launch":
+        own += max(now - sum(op.seconds for op in estimate.by_op), 0.0)
+    return min(own / now, 1.0)
+
+
+def sooner(candidate: Candidate, value: float, limit: float) -> str:
+    """What would bring a first token within a limit: fewer prompts at once, or shorter ones."""
+    times = value / limit
+    text = f"its prompts were read {digits(times)} times faster"
+    together = int(candidate.batch / times)
+    if candidate.batch > 1 and together:
+        return f"{text}, or about {together} of them went together instead of {candidate.batch}"
+    prompt = int((candidate.serving or {}).get("prompt_tokens") or 0)
+    each = int(prompt * candidate.batch / times)
+    one = "each had" if candidate.batch == 1 else "one went alone and had"
+    return f"{text}, or {one} about {each} tokens instead of {prompt}" if each else text
 
 
 def cheaper(candidate: Candidate, usd_per_million: float) -> str:
@@ -46,20 +81,35 @@ def cheaper(candidate: Candidate, usd_per_million: float) -> str:
     return f"an hour{chip} cost ${digits(hourly)} or less {known}"
 
 
-def thriftier(candidate: Candidate, joules_per_sample: float) -> str:
-    """The power at which a sample would take so much energy."""
+def thriftier(candidate: Candidate, joules: float, wanted: float) -> str:
+    """The power, or the speed, at which a sample would take so much energy."""
     time = seconds_of(candidate)
     if not time:
         return ""
-    watts = joules_per_sample * candidate.samples / time
-    return f"it drew {digits(watts)} W or less while it works"
+    watts, now = (one * candidate.samples / time for one in (wanted, joules))
+    return (
+        f"it drew {digits(watts)} W instead of {digits(now)} while it works, or were "
+        f"{digits(joules / wanted)} times faster at that"
+    )
+
+
+def capped(candidate: Candidate, limit: float) -> str:
+    """The cap at which its chips would keep a limit on power."""
+    chips = candidate.target.chips
+    each = "each of its chips" if chips > 1 else "it"
+    return f"{each} were capped at {digits(limit / chips)} W, which would slow it down"
 
 
 def smaller(candidate: Candidate, limit: float) -> str:
     """What would bring its memory under a limit."""
-    peak = row(candidate)["memory_bytes"]
-    over = "" if peak is None else f" by {bytes_(peak - limit)}"
-    return f"it needed less memory{over}: a recipe of fewer bits, a smaller batch, or more chips"
+    peak = figure_of(candidate, "memory_bytes")
+    over = "" if peak is None or peak <= limit else f" by {bytes_(peak - limit)}"
+    fits = (candidate.serving or {}).get("largest_batch")
+    known = candidate.target.memory_bytes
+    several = fits and known is not None and limit >= known and candidate.batch > fits
+    batch = f"a batch of {fits} or less" if several else "a smaller batch"
+    ways = ["a recipe of fewer bits", *([batch] if candidate.batch > 1 else []), "more chips"]
+    return f"it needed less memory{over}: {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -82,9 +132,9 @@ def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _figures(candidate: Candidate) -> list[float] | None:
     if not candidate.feasible or seconds_of(candidate) is None:
         return None
-    shown = row(candidate)
     worst = float("inf")
-    figures = [worst if shown[axis] is None else float(shown[axis]) for axis in AXES]
+    known = [figure_of(candidate, axis) for axis in AXES]
+    figures = [worst if value is None else float(value) for value in known]
     drop = (candidate.quality or {}).get("drop")
     return [*figures, worst if drop is None else max(float(drop), 0.0)]
 

@@ -21,8 +21,8 @@ TABLE = "engine_tensorrt"
 
 
 def melts(node: ir.Node) -> bool:
-    """Pointwise operators fuse into the product or convolution before them."""
-    return is_op(node, *ELEMENTWISE)
+    """Pointwise operators and moves of heads fuse into the product or convolution before them."""
+    return is_op(node, *ELEMENTWISE, "Transpose")
 
 
 def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:

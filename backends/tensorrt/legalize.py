@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from trivium.compiler.passing import (
     attribute,
     constant,
     decline,
+    dims,
     graph_of,
     initializer,
     is_op,
@@ -46,6 +47,7 @@ def passes() -> Sequence[ir.passes.PassBase]:
         RemoveInitializersFromInputsPass(),
         MaskEmptySlots(),
         CountInFloat(),
+        SeparateHeads(),
         OpenUnsupported(),
         FoldBiasDequantization(),
         SignQuantization(),
@@ -67,6 +69,67 @@ class OpenUnsupported(DecomposeFunctions):
         if node.op_type == "Attention":
             return attention(node) is not None
         return node.op_type in _openable()
+
+
+@dataclass(frozen=True)
+class SeparateHeads(NodePass):
+    """Give Attention its heads as an axis, where they lie side by side: so the parser takes it
+    whole, and TensorRT has one kernel for it.
+
+    Left alone: what the parser would not take with four dimensions either.
+    """
+
+    name: ClassVar[str] = "tensorrt-separate-heads"
+    preserves: ClassVar[Preserves] = "exact"
+
+    def rewrite(self, node: ir.Node) -> bool:
+        if not is_op(node, "Attention"):
+            return False
+        ranks = [len(shape) if (shape := dims(value)) is not None else 0 for value in node.inputs]
+        if ranks[:3] != [3, 3, 3] or len(node.inputs) > 4 or len(node.outputs) > 1:
+            return False
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if attribute(node, "softcap", 0.0) or (mask is not None and ranks[3] < 1):
+            return False
+        if any(value is not None and value.dtype is None for value in node.inputs):
+            return False
+        made: list[ir.Node] = []
+
+        def add(
+            op: str, inputs: list[ir.Value | None], like: ir.Value, rank: int, **options: Any
+        ) -> ir.Value:
+            """A node whose result has the type of a value; of its shape only the rank counts."""
+            one = ir.node(op, inputs, options)
+            assert like.dtype is not None
+            one.outputs[0].dtype, one.outputs[0].shape = like.dtype, ir.Shape([None] * rank)
+            made.append(one)
+            return one.outputs[0]
+
+        def sizes(name: str, *of: int) -> ir.Value:
+            return initializer(graph_of(node), np.array(of, np.int64), f"{node.name}.{name}")
+
+        kv_heads = attribute(node, "kv_num_heads", 0)
+        heads = (attribute(node, "q_num_heads", 0), kv_heads, kv_heads)
+        inputs: list[ir.Value | None] = []
+        for value, count, what in zip(node.inputs[:3], heads, "qkv", strict=True):
+            assert value is not None
+            apart = add("Reshape", [value, sizes(f"{what}_heads", 0, 0, count, -1)], value, 4)
+            inputs.append(add("Transpose", [apart], value, 4, perm=[0, 2, 1, 3]))
+        if mask is not None:
+            if ranks[3] < 4:
+                axes = sizes("mask_axes", *range(4 - ranks[3]))
+                mask = add("Unsqueeze", [mask, axes], mask, 4)
+            inputs.append(mask)
+        query = node.inputs[0]
+        assert query is not None
+        kept = {k: v for k, v in node.attributes.items() if not k.endswith("_num_heads")}
+        attended = add("Attention", inputs, query, 4)
+        made[-1].attributes.update(kept)
+        made[-1].name = node.name
+        together = add("Transpose", [attended], query, 4, perm=[0, 2, 1, 3])
+        add("Reshape", [together, sizes("width", 0, 0, -1)], query, 3)
+        splice([node], made)
+        return True
 
 
 @cache

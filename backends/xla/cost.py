@@ -134,5 +134,4 @@ def estimate(model: ir.Model, target: Target, workload: Workload) -> Estimate:
         one = links.per_device(target)
         target = replace(one, chips=devices, link_bytes_per_s=math.inf)
         return roofline(model, target, workload, profile)
-    estimate = roofline(model, with_bandwidth(target), workload, profile)
-    return spread_cost.with_donated_caches(estimate, model)
+    return roofline(model, with_bandwidth(target), workload, profile)

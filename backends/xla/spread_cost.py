@@ -9,7 +9,7 @@ slowest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trivium.backends.xla import sharding
@@ -18,9 +18,8 @@ from trivium.compiler.calibration import interval
 from trivium.compiler.cost import Profile, energy, price, roofline
 from trivium.compiler.errors import BadInput, Unsupported
 from trivium.compiler.machines import collectives as machines
-from trivium.compiler.passing import is_op
 from trivium.compiler.types import Bound, Estimate, OpCost, Target, Work, Workload
-from trivium.compiler.work import resident_bytes, value_bytes
+from trivium.compiler.work import value_bytes
 from trivium.passes.sharding import stages
 from trivium.passes.sharding.share import collectives, local
 from trivium.targets import calibrations
@@ -73,7 +72,7 @@ def _stage(
         note = f"no published figures of the links of {target.name}"
         return _Stage(Estimate(None, notes=(note,)), ())
     estimate = roofline(share.model, links.per_device(target), workload, profile)
-    return _Stage(with_donated_caches(estimate, share.model), traffic)
+    return _Stage(estimate, traffic)
 
 
 @dataclass(frozen=True)
@@ -104,28 +103,6 @@ def _share(model: ir.Model, devices: int, index: int, count: int) -> _Share | st
     sent = {v.name: v for node in share.graph for v in node.outputs if v.name in own.sent}
     travel += [("send", value_bytes(value), 2) for value in sent.values()]
     return _Share(share, tuple(travel))
-
-
-def with_donated_caches(estimate: Estimate, model: ir.Model) -> Estimate:
-    """Count each cache once: its new content is written where the old one was.
-
-    Nor does a cache grow by what allocators add to intermediate values, the interval's upper end.
-    """
-    caches = sum(
-        value_bytes(node.outputs[0])
-        for node in model.graph
-        if is_op(node, "TensorScatter")
-        and node.inputs[0] is not None
-        and node.inputs[0].is_graph_input()
-        and node.outputs[0].is_graph_output()
-    )
-    if estimate.bytes_peak is None or not caches:
-        return estimate
-    weights = resident_bytes(model)
-    rest = max(estimate.bytes_peak - weights - 2 * caches, 0.0)
-    peak, most = weights + caches + rest, weights + caches + 2 * rest
-    intervals = {**estimate.intervals, "bytes_peak": (peak, most)}
-    return replace(estimate, bytes_peak=peak, intervals=intervals)
 
 
 def _traffic(share: _Share, target: Target) -> tuple[OpCost, ...] | None:

@@ -101,7 +101,10 @@ def _options(items: list[str]) -> dict[str, str]:
 
 def _predicted(estimate: dict[str, Any]) -> str | None:
     if not estimate or estimate.get("seconds") is None:
-        return None
+        notes = [str(note) for note in (estimate or {}).get("notes") or ()]
+        starts = ("not predicted", "no prediction", "no published")
+        why = [note for note in notes if note.startswith(starts)]
+        return f"nothing ({why[0].removeprefix('not predicted: ')})" if why else None
     text = console.si(estimate["seconds"], "s")
     if estimate["lo"] is not None:
         text += f" ({console.si(estimate['lo'], 's')} to {console.si(estimate['hi'], 's')}, 80%)"

@@ -185,9 +185,14 @@ def attention(site: Site) -> Demand:
     _, _, _, value_head = _heads(site, 2, kv_heads)
     past = site.shape(4)[2] if site.has(4) else 0
     causal = bool(site.attr("is_causal", 0))
-    return attention_demand(
+    demand = attention_demand(
         batch, heads, queries, keys + past, head, value_head, kv_heads, causal=causal
     )
+    if not site.has(4):
+        return demand
+    # A cache grows by what is new.
+    grown = {i: site.bytes(i) for i in (1, 2) if i < len(site.node.outputs)}
+    return replace(demand, writes=grown)
 
 
 @formula("LinearAttention")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +35,8 @@ COLUMNS = (
         "calibration",
         "notes",
     ),
-    *("first_token_s", "step_s", "tokens_per_s", "cache_bytes", "largest_batch", "context"),
+    *("first_token_s", "step_s", "tokens_per_s", "cache_bytes", "cache_dtype", "largest_batch"),
+    "context",
 )
 """The columns of the CSV; the last are those of generators."""
 
@@ -118,6 +119,11 @@ PLANNED = 30
 """How many candidates of a plan a terminal shows; the rest is in JSON and on the page."""
 
 
+REASONS, NAMED, LONG = 12, 4, 60
+"""How many reasons of refusals a terminal tells, how many targets of each, and how much of the
+name of a node."""
+
+
 def _serving(row: dict[str, Any], name: str) -> Any:
     return (row["serving"] or {}).get(name)
 
@@ -150,7 +156,7 @@ TERMINAL = (
     Column("tokens/s", lambda r: units.scaled(r["throughput_per_s"], ""), only_if=_generates),
     Column(
         "caches",
-        lambda r: units.bytes_(_serving(r, "cache_bytes")),
+        lambda r: f"{units.bytes_(_serving(r, 'cache_bytes'))}, {_serving(r, 'cache_dtype')}",
         least_width=110,
         only_if=_generates,
     ),
@@ -194,14 +200,10 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
     if len(feasible) > most:
         out.print(Text(f"and {len(feasible) - most} more that can run it: --json or --html"))
     refused = [row for row in rows if not row["feasible"]]
-    if len(refused) > most:
-        out.print(Text(f"{len(refused)} cannot run it: --json or --html says why", style="dim"))
-    elif refused:
+    if refused:
         out.print()
-        for row in refused:
-            more = len(row["refusals"]) - 1
-            reason = row["refusals"][0] + (f" (and {more} more)" if more else "")
-            out.print(Text(f"{row['target']} with {row['backend']}: {reason}", style="dim"))
+        for line in _refusals(refused):
+            out.print(Text(line, style="dim"))
     if not isinstance(result, Plan):
         for row in feasible:
             # A plan's verdict says it; here a row of dashes would stand without a reason.
@@ -215,4 +217,36 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
             where = f"{row['target']}/{row['backend']}/{row['recipe']}"
             where += f"/batch {row['batch']}" if row["batch"] != 1 else ""
             change = f"; would win if {row['wins_if']}" if row["wins_if"] else ""
-            out.print(Text(f"{where}: {row['verdict']}{change}"))
+            if row["verdict"] != "best":
+                out.print(Text(f"{where}: {row['verdict']}{change}"))
+        answer = document(result).get("answer")
+        if answer:
+            out.print()
+            out.print(Text(answer, style="bold"))
+
+
+def _short(reason: str) -> str:
+    """A reason whose node does not fill the line: exported names run to hundreds of letters."""
+    name, bracket, rest = reason.partition(" (")
+    if not bracket or len(name) <= LONG:
+        return reason
+    return f"{name[: LONG // 2]}...{name[-LONG // 2 :]}{bracket}{rest}"
+
+
+def _refusals(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What cannot run it and why: targets, and recipes, of one reason together."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    recipes: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        # The reason names the target here and there.
+        reason = _short(str(row["refusals"][0]).replace(row["target"], "it"))
+        key = (row["backend"], reason)
+        groups.setdefault(key, {})[row["target"]] = None
+        recipes.setdefault(key, {})[row["recipe"]] = None
+    for key, targets in list(groups.items())[:REASONS]:
+        named = list(targets)
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        of = f" ({', '.join(recipes[key])})"
+        yield f"{', '.join(named[:NAMED])}{more} with {key[0]}{of}: {key[1]}"
+    if len(groups) > REASONS:
+        yield f"and for {len(groups) - REASONS} more reasons: --json or --html"

@@ -314,3 +314,16 @@ def test_plan_says_why_each_loser_lost(resnet: Path) -> None:
     assert "--max-latency" not in trivium(*common, "--max-latency", "1s").stderr
     assert "latency" in trivium(*common, "--max-latency", "1ns", code=1).stderr
     assert "--max-latency" in trivium(*common, "--max-latency", "soon", code=2).stderr
+
+
+def test_what_is_not_predicted_says_so_and_with_which_flag_it_would_be(
+    resnet: Path, tmp_path: Path
+) -> None:
+    said = trivium("compile", resnet, "--target", "cpu", "-o", tmp_path / "out").stdout
+    line = next(line for line in said.splitlines() if line.startswith("predicted"))
+    assert line.split(None, 1)[1] == (
+        "nothing (input[N] symbolic; bind with --shape, e.g. --shape input=1x3x32x32)"
+    )
+    shape = ("--shape", "input=1x3x32x32")
+    bound = trivium("compile", resnet, "--target", "cpu", *shape, "-o", tmp_path / "bound").stdout
+    assert "nothing" not in bound

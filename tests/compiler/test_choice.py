@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from trivium.compiler import cli, prices, quality, recipe, targets, whatif
 from trivium.compiler.compare import compare
 from trivium.compiler.errors import BadInput
-from trivium.compiler.plan import Constraints, choose, parse_drop, plan
+from trivium.compiler.plan import Constraints, choose, parse_drop, plan, to_json
 from trivium.compiler.rows import name_of, row
-from trivium.compiler.types import Candidate, Estimate, Target
+from trivium.compiler.types import Candidate, Estimate, OpCost, Target, Work
 from trivium.models import digits
 
 PRICE = """
@@ -277,10 +277,96 @@ def test_a_slow_one_is_told_its_bottleneck() -> None:
     chosen = choose([candidate("a", 1e-3), candidate("b", 4e-3)], Constraints(), "latency")
     lost = chosen.candidates[1].wins_if
     assert lost == (
-        "its call were 4.00 times faster: 1.00 ms instead of 4.00 ms, most of which is its memory"
+        "its call were 4.00 times faster: 1.00 ms instead of 4.00 ms; its memory takes 4.00 ms of "
+        "that, which would have to be 1.00 ms"
     )
     late = choose([candidate("b", 4e-3)], Constraints(max_latency_s=1e-3), "cost").candidates[0]
     assert late.wins_if.startswith("its call were 4.00 times faster")
+
+
+def test_a_bottleneck_that_is_not_enough_is_told() -> None:
+    ops = (
+        OpCost("a", "MatMul", 2e-3, Work(), "memory"),
+        OpCost("b", "Softmax", 2e-3, Work(), "compute"),
+    )
+    slow = candidate("b", 4e-3)
+    assert slow.estimate is not None
+    slow = replace(slow, estimate=replace(slow.estimate, by_op=ops))
+    lost = choose([candidate("a", 1e-3), slow], Constraints(), "latency").candidates[1].wins_if
+    assert lost.endswith("; its memory takes 2.00 ms of that, and without it 2.00 ms are left")
+
+
+def test_intervals_are_those_of_what_is_ranked() -> None:
+    def one(name: str, hourly: float, joules: float) -> Candidate:
+        made = candidate(name, 1e-3, hourly=hourly)
+        assert made.estimate is not None
+        around = {"dollars": (hourly, hourly * 1.01), "joules": (joules, joules)}
+        estimate = replace(made.estimate, joules=joules, lo=5e-4, hi=2e-3, intervals=around)
+        return replace(made, estimate=estimate)
+
+    both = [one("a", 1.0, 1.0), one("b", 9.0, 2.0)]
+    for objective, overlapping in (("latency", True), ("cost", False), ("energy", False)):
+        lost = choose(both, Constraints(), cast("Any", objective)).candidates[1]
+        assert ("intervals overlap" in lost.verdict) == overlapping, lost.verdict
+    assert lost.wins_if.startswith("it drew 1000 W instead of 2000 while it works, or were 2.00")
+
+
+def test_all_limits_that_are_missed_are_told_and_no_half_answer_given() -> None:
+    dear = candidate("dear", 4e-3, hourly=9.0)
+    limits = Constraints(max_latency_s=3.9e-3, max_usd_per_million=1.0)
+    lost = choose([dear], limits, "latency").candidates[0]
+    assert "latency 4.00 ms is above the limit of 3.90 ms (by 2.6%)" in lost.verdict
+    assert "; cost 10 USD per million calls is above the limit of 1 USD" in lost.verdict
+    assert "times faster" in lost.wins_if
+    assert ", and an hour cost $0.900 or less instead of $9.00" in lost.wins_if
+    # What fails a limit is not told what would make it the cheapest.
+    unpriced = candidate("unpriced", 4e-3, hourly=None)
+    chosen = choose([candidate("a", 1e-3), unpriced], Constraints(max_latency_s=2e-3), "cost")
+    assert chosen.candidates[1].wins_if.startswith("its call were 2.00 times faster")
+    limits = Constraints(max_latency_s=2e-3, max_usd_per_million=1.0, max_drop=0.01)
+    assert not choose([unpriced], limits, "latency").candidates[0].wins_if
+
+
+def test_a_drop_names_the_recipes_that_keep_the_limit() -> None:
+    lossy = replace(candidate("a", 1e-3), recipe="int8", quality={"drop": 0.1})
+    good = replace(candidate("a", 2e-3), quality={"drop": 0.0})
+    lost = choose([lossy, good], Constraints(max_drop=0.05), "latency").candidates[1]
+    assert lost.recipe == "int8"
+    assert lost.wins_if == "its recipe were none, which keeps the limit"
+
+
+def test_a_better_way_on_the_same_target_is_named() -> None:
+    there = [candidate("b", 2e-3), replace(candidate("b", 4e-3), backend="tvm")]
+    lost = choose([candidate("a", 1e-3), *there], Constraints(), "latency").candidates[2]
+    assert lost.verdict.endswith("; xla/none there: 2.00 ms")
+
+
+def test_a_recipe_that_does_nothing_is_no_choice_of_its_own(
+    shared_data: Callable[[str], Path],
+) -> None:
+    # Nothing of it is a product of matrices but the head, which is not large enough.
+    chosen = plan(
+        shared_data("models/mlperf_ic_resnet8_fp32.onnx"),
+        targets=["nvidia-l4", "tpu-v5e"],
+        recipes=["int4", "none"],
+        shape=["N=1"],
+    )
+    assert chosen.best is not None
+    assert chosen.best.recipe == "none"
+    for one in chosen.candidates:
+        if one.recipe == "int4":
+            twin = f"{one.target.name}/{one.backend}/none"
+            assert one.verdict == f"the same as {twin}: its recipe changes nothing of this model"
+
+
+def test_the_answer_says_what_was_chosen_what_comes_next_and_what_it_rests_on() -> None:
+    near, far = candidate("b", 1.5e-3), candidate("c", 9e-3)
+    limits = Constraints(max_latency_s=5e-3)
+    said = to_json(choose([candidate("a", 1e-3), near, far], limits, "cost"))["answer"]
+    assert said.startswith("a/xla/none: cost ")
+    assert "; latency 1.00 ms of at most 5.00 ms" in said
+    assert "Next on another target: b/xla/none" in said
+    assert to_json(choose([far], limits, "cost"))["answer"] is None
 
 
 def test_rows_carry_it_all() -> None:

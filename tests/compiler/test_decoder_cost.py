@@ -160,3 +160,58 @@ def test_a_small_model_on_a_gpu_waits_for_launches_and_says_that_they_are_a_prio
     assert step.bound == "launch"
     assert any("XLA was not measured on a GPU" in note for note in step.notes)
     assert not any(op.bound == "compute" for op in step.by_op)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "xla"])
+def test_caches_are_priced_as_a_compile_makes_them(
+    folder: Path, backend: str, tmp_path: Path
+) -> None:
+    import trivium
+
+    pytest.importorskip({"xla": "jax"}.get(backend, backend))
+    for recipe in ("int4", "bf16") if backend == "openvino" else ("int4",):
+        made = trivium.compile(
+            folder, "cpu", backend=backend, recipe=recipe, context=64, out=tmp_path / recipe
+        )
+        assert made.generator is not None
+        costs = Costs(folder, "cpu", backend, recipe)
+        assert {one.dtype for one in made.generator.caches} == {costs.cache_dtype}
+        each = sum(one.bytes_per_token for one in made.generator.caches)
+        assert predict(costs, LOAD).cache_bytes == 128 * each
+
+
+def test_every_engine_counts_a_cache_once_and_a_batch_that_is_said_to_fit_does(
+    folder: Path,
+) -> None:
+    load = replace(LOAD, batch=512)
+    for backend in ("xla", "tensorrt"):
+        costs = Costs(folder, "nvidia-h100-sxm", backend)
+        found = predict(costs, load)
+        first = costs.call(512, 64, 64)
+        assert found.bytes_peak is not None
+        assert first.bytes_peak is not None
+        # Room for the tokens to come, beside what the prompt's call takes.
+        assert found.bytes_peak == first.bytes_peak + found.cache_bytes / 2
+        assert found.bytes_peak < found.weights_bytes + 2 * found.cache_bytes
+        small = replace(costs.target, memory_bytes=2e8)
+        fits = predict(Costs(folder, small, backend), load).largest_batch
+        assert fits is not None
+        just = predict(Costs(folder, small, backend), replace(load, batch=fits))
+        assert just.bytes_peak is not None
+        assert just.bytes_peak <= 0.9 * 2e8
+        over = predict(Costs(folder, small, backend), replace(load, batch=fits + fits // 20))
+        assert over.bytes_peak is not None
+        assert over.bytes_peak > 0.9 * 2e8
+        assert not any("does not fit" in note for note in just.notes)
+        assert any("does not fit" in note for note in over.notes)
+
+
+def test_what_recipes_leave_of_a_weight_is_read_as_it_is_stored(folder: Path) -> None:
+    alone, both = (Costs(folder, "nvidia-h100-sxm", "xla", r) for r in ("int4", "int4+bf16"))
+    assert both.cache_dtype == "bfloat16"
+    narrow, wide = both.call(1, 1, 64), alone.call(1, 1, 64)
+    # The casts of dequantized weights are no kernels of their own.
+    assert sum("Cast" in op.op_type for op in narrow.by_op) < 6
+    assert narrow.seconds is not None
+    assert wide.seconds is not None
+    assert narrow.seconds < 1.05 * wide.seconds

@@ -59,7 +59,7 @@ def test_the_least_latency_wins_and_every_loser_says_why() -> None:
     assert chosen.best.target.name == "fast"
     assert (
         verdicts["slow"]
-        == "latency 4 ms: 4.00 times that of fast/xla/none; their intervals overlap"
+        == "latency 4.00 ms: 4.00 times that of fast/xla/none; their intervals overlap"
     )
     assert verdicts["unknown"] == "latency unknown: no published memory bandwidth of it"
     assert verdicts["refused"] == "cannot run it: node a (Loop): no loops (and 1 more)"
@@ -78,7 +78,10 @@ def test_each_objective(objective: planning.Objective, winner: str) -> None:
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (Constraints(max_latency_s=2e-3), "latency 4 ms is above the limit of 2 ms (2 times)"),
+        (
+            Constraints(max_latency_s=2e-3),
+            "latency 4.00 ms is above the limit of 2.00 ms (2 times)",
+        ),
         (
             Constraints(min_throughput_per_s=500),
             "throughput 250 calls/s is below the limit of 500 calls/s (2 times)",

@@ -251,18 +251,35 @@ def test_refused_model_lists_every_node(shared_data: Callable[[str], Path], tmp_
     assert len(caught.value.refusals) > 100
 
 
-def test_attention_that_the_parser_lacks_is_opened_and_computes_the_same() -> None:
+@pytest.mark.parametrize(
+    ("widths", "kv_heads", "mask", "extra", "whole"),
+    [
+        ((32, 32, 32), 4, None, {"is_causal": 1}, True),
+        ((32, 16, 16), 2, (6, 6), {"scale": 0.3}, True),
+        ((32, 32, 48), 4, (4, 6, 6), {}, True),
+        ((32, 32, 32), 4, (2, 1, 6, 6), {}, True),
+        # What the parser lacks is opened.
+        ((32, 32, 32), 4, None, {"softcap": 2.0}, False),
+    ],
+)
+def test_attention_is_kept_whole_where_the_parser_takes_it_and_computes_the_same(
+    widths: tuple[int, int, int],
+    kv_heads: int,
+    mask: tuple[int, ...] | None,
+    extra: dict[str, Any],
+    whole: bool,
+) -> None:
     rng = np.random.default_rng(0)
-    node = one_node(
-        "Attention", [(F, [1, 6, 32])] * 3, {"q_num_heads": 4, "kv_num_heads": 4, "is_causal": 1}
-    )
+    shapes = [(2, 6, width) for width in widths] + ([mask] if mask is not None else [])
+    attributes = {"q_num_heads": 4, "kv_num_heads": kv_heads, **extra}
+    node = one_node("Attention", [(F, list(shape)) for shape in shapes], attributes)
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     model = ir.Model(graph, ir_version=10)
-    feed = {f"x{i}": rng.standard_normal((1, 6, 32)).astype(np.float32) for i in range(3)}
+    feed = {f"x{i}": rng.standard_normal(s).astype(np.float32) for i, s in enumerate(shapes)}
     want = reference.run_model(model, [feed])
     recipe.apply(legalize.passes(), model)
-    assert "Attention" not in {node.op_type for node in model.graph}
+    assert ("Attention" in {node.op_type for node in model.graph}) == whole
     assert [operators.refusal(node) for node in model.graph if operators.refusal(node)] == []
     assert verify.compare(want.outputs, reference.run_model(model, [feed]).outputs).within(1e-5)
 
