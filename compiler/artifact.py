@@ -85,7 +85,7 @@ class Artifact:
 
     @property
     def backend(self) -> Backend:
-        backend: Backend = plugins.get("trivium.backends", self.manifest["backend"])
+        backend: Backend = plugins.loading(self.manifest["backend"])
         return backend
 
     @property

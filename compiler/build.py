@@ -115,6 +115,7 @@ def default_name(source: Path, target: Target) -> str:
 def _compile_into(folder: Path, job: Job, progress: Progress) -> None:
     started = time.perf_counter()
     model = job.model
+    generating.check_tokenizer(job)
     progress("running the reference")
     random = reference.draws_random_numbers(model)
     feeds, source, no_reference = job.run_reference()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +110,8 @@ def entries() -> list[tuple[Path, int]]:
 
 def clear() -> int:
     """Remove everything; return the bytes freed."""
+    import shutil
+
     freed = 0
     for path, size in entries():
         shutil.rmtree(path, ignore_errors=True)
@@ -120,6 +121,8 @@ def clear() -> int:
 
 
 def _evict(home: Path) -> None:
+    import shutil
+
     kept = entries()
     total = sum(size for _, size in kept)
     for path, size in kept:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +84,8 @@ def copy_tree(source: Path, destination: Path) -> None:
 
     `shutil.copytree` would go on, and then raise a list that says of none of them what it was.
     """
+    import shutil
+
     for file in sorted(source.rglob("*")):
         place = destination / file.relative_to(source)
         if file.is_dir():
@@ -167,6 +167,9 @@ def workspace(parent: Path) -> Iterator[Path]:
     A process that is killed outright leaves its workspace behind. It holds a lock on it while it
     lives, so the next one that works below the same parent knows which ones to remove.
     """
+    import shutil
+    import tempfile
+
     remove_abandoned(parent)
     # A short name, however long that of the thing in the making is.
     folder = Path(tempfile.mkdtemp(prefix=_WORKSPACE, dir=parent))
@@ -183,12 +186,16 @@ def workspace(parent: Path) -> Iterator[Path]:
 
 def remove_workspaces() -> None:
     """Remove all workspaces of this process, before it is ended hard."""
+    import shutil
+
     for folder in list(_workspaces):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:
     """Remove the workspaces below ``parent`` whose process is gone."""
+    import shutil
+
     for folder in parent.glob(f"{_WORKSPACE}*"):
         try:
             if time.time() - folder.stat().st_mtime < _ABANDONED_S:

@@ -14,7 +14,7 @@ from trivium.compiler import parts, shapes
 from trivium.compiler import recipe as recipes
 from trivium.compiler.backend import cache_form
 from trivium.compiler.errors import BadInput
-from trivium.compiler.generation import sourced
+from trivium.compiler.generation import sourced, tokenizer
 from trivium.compiler.generation.recognize import recognize
 from trivium.compiler.generator import STEP_TOKENS, Decoder, Generator, Role
 from trivium.compiler.recipe import Applied, Context, Recipe, Step
@@ -38,6 +38,8 @@ TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 IMAGES = "preprocessor_config.json"
 _CARRIED = (TOKENIZER, "tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE, IMAGES)
 """Files of a checkpoint folder that an artifact takes along."""
+_GENERATE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""How the names of architectures end that generate."""
 
 
 def prepare(
@@ -53,7 +55,8 @@ def prepare(
         it caches, if it had none.
 
     Raises:
-        BadInput: It was asked for and cannot be done, or with a context that is too long.
+        BadInput: It was asked for and cannot be done, or with a context that is too long; or the
+            tokenizer is that of another model.
     """
     asked, form, folder = job.generating, cache_form(job.backend), job.source.suffix != ".onnx"
     if asked.wanted is False or (form is None and not asked.wanted):
@@ -114,6 +117,29 @@ def prepare_part(
     return replace(found, sight=sight, source=source, rows=rows), workload, applied
 
 
+def check_tokenizer(job: Job) -> None:
+    """Refuse a checkpoint that will be a generator and has the tokenizer of another model, before
+    anything is run; what `prepare` alone can tell is checked there.
+
+    Raises:
+        BadInput: With a token that the model does not have.
+    """
+    if job.generating.wanted is False or cache_form(job.backend) is None:
+        return
+    config = _read(job.source / "config.json")
+    text = config.get("text_config")
+    size = _whole((text if isinstance(text, dict) else {}) | config, "vocab_size")
+    names = config.get("architectures")
+    generates = any(str(name).endswith(_GENERATE) for name in names or ())
+    if generates and size is not None:
+        _require_tokenizer(job.source, size)
+
+
+def _require_tokenizer(folder: Path, vocabulary: int) -> None:
+    if vocabulary and (folder / TOKENIZER).is_file():
+        tokenizer.require_fitting(folder / TOKENIZER, vocabulary)
+
+
 def with_source(model: ir.Model, job: Job) -> None:
     """Cut a model with an encoder and a decoder into both, if it is to be a generator."""
     source, form = sourced.source_of(model), cache_form(job.backend)
@@ -129,7 +155,12 @@ def _insert_cache(model: ir.Model, form: str) -> Applied:
 
 
 def _with_facts(found: Generator, source: Path, context: int | None) -> Generator:
-    """Add what the checkpoint folder says of a decoder."""
+    """Add what the checkpoint folder says of a decoder.
+
+    Raises:
+        BadInput: Its tokenizer belongs to another model.
+    """
+    _require_tokenizer(source, found.vocabulary)
     config = _read(source / "config.json")
     text = config.get("text_config")
     options = (text if isinstance(text, dict) else {}) | config

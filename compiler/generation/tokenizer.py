@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.compiler import files
 from trivium.compiler.errors import BadInput, ToolchainMissing
+from trivium.compiler.onnx_api import one_line
 
 if TYPE_CHECKING:
     from trivium.compiler.artifact import Artifact
@@ -31,27 +33,7 @@ class Tokenizer:
         about = str(artifact.path)
         if generator is None or generator.tokenizer is None:
             raise BadInput("it carries no tokenizer", about=about, remedy="give --prompt-ids")
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError as error:
-            raise ToolchainMissing(
-                "the library tokenizers is not installed",
-                about=about,
-                remedy="pip install 'trivium[hf]'",
-            ) from error
-        path = artifact.path / generator.tokenizer
-        try:
-            self._library: Any = Library.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise BadInput(f"not a tokenizer ({error})", about=str(path)) from error
-        # Added tokens may lie beyond what a model knows (those of its siblings that see images).
-        largest = max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
-        if largest >= generator.vocabulary:
-            raise BadInput(
-                f"has the token {largest}, and the model a vocabulary of {generator.vocabulary}",
-                about=str(path),
-                remedy="put the tokenizer into the checkpoint folder that belongs to the model",
-            )
+        self._library = _read(artifact.path / generator.tokenizer, generator.vocabulary)
         self._template = None
         if generator.chat_template is not None:
             self._template = (artifact.path / generator.chat_template).read_text(encoding="utf-8")
@@ -90,6 +72,50 @@ class Tokenizer:
         except Exception as error:  # whatever an expression in a template may raise
             raise BadInput(f"the chat template fails: {error}", about="chat") from error
         return text
+
+
+def require_fitting(path: Path, vocabulary: int) -> None:
+    """Refuse a tokenizer that is none, or that of another model; its library has to be installed.
+
+    One that has fewer tokens than the model will do: vocabularies are padded.
+
+    Raises:
+        BadInput: With a token that the model does not have.
+    """
+    if find_spec("tokenizers") is not None:
+        _read(path, vocabulary)
+
+
+def _read(path: Path, vocabulary: int) -> Any:
+    """The library's tokenizer of a file.
+
+    Raises:
+        BadInput: It is none, or does not fit the model.
+        ToolchainMissing: The library is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError as error:
+        raise ToolchainMissing(
+            "the library tokenizers is not installed",
+            about=str(path),
+            remedy="pip install 'trivium[hf]'",
+        ) from error
+    try:
+        library = Library.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise BadInput(f"not a tokenizer ({one_line(error)})", about=str(path)) from error
+    # Added tokens may lie beyond what a model knows (those of its siblings that see images), but
+    # not those that every text is given.
+    tokens = [*library.get_vocab(with_added_tokens=False).values(), *library.encode("").ids]
+    largest = max(tokens, default=-1)
+    if largest >= vocabulary:
+        raise BadInput(
+            f"has the token {largest}, and the model a vocabulary of {vocabulary}",
+            about=str(path),
+            remedy="put the tokenizer into the checkpoint folder that belongs to the model",
+        )
+    return library
 
 
 def _environment() -> Any:

@@ -143,19 +143,106 @@ def test_template_that_fails_is_one_line(
         tokenizer.render([{"role": "user", "content": "x"}])
 
 
-def test_tokenizer_that_does_not_match_is_refused(
-    shared_data: Callable[[str], Path], tmp_path: Path
-) -> None:
+def with_tokenizer(
+    change: Callable[[dict[str, Any]], object], source: Path, tmp_path: Path
+) -> Path:
+    """A copy of a checkpoint folder with its tokenizer changed."""
     folder = tmp_path / "folder"
-    shutil.copytree(shared_data("llm-shakespeare"), folder)
+    shutil.copytree(source, folder)
     path = folder / "tokenizer.json"
     path.chmod(0o644)
     document = json.loads(path.read_text())
-    document["model"]["vocab"]["more"] = 1024
+    change(document)
     path.write_text(json.dumps(document))
+    return folder
+
+
+def grown(document: dict[str, Any]) -> None:
+    document["model"]["vocab"]["more"] = 1024
+
+
+def begun_with_another(document: dict[str, Any]) -> None:
+    """Every text begins with an added token that the model does not have."""
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 1030, "content": "<s>"})
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1030], "tokens": ["<s>"]}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "token"), [(grown, 1024), (begun_with_another, 1030)], ids=["grown", "begun"]
+)
+@pytest.mark.parametrize("architectures", [True, False])
+def test_tokenizer_that_does_not_match_is_refused_by_the_compile(
+    change: Callable[[dict[str, Any]], object],
+    token: int,
+    architectures: bool,
+    shared_data: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = with_tokenizer(change, shared_data("llm-shakespeare"), tmp_path)
+    if not architectures:  # then it is told where the graph turns out to be a decoder
+        config = json.loads((folder / "config.json").read_text())
+        del config["architectures"]
+        (folder / "config.json").chmod(0o644)
+        (folder / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    code = cli.main(["compile", str(folder), "--target", "cpu", "--no-cache", "-o", str(out)])
+    assert code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"has the token {token}, and the model a vocabulary of 1024" in told
+    assert not out.exists()
+
+
+def test_damaged_tokenizer_is_refused_by_the_compile(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = with_tokenizer(lambda document: document.pop("model"), shared_data("llm-shakespeare"),
+                            tmp_path)  # fmt: skip
+    with pytest.raises(BadInput, match="not a tokenizer"):
+        trivium.compile(folder, "cpu", out=tmp_path / "out")
+
+
+def test_plain_forward_pass_needs_no_tokenizer(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = with_tokenizer(grown, shared_data("llm-shakespeare"), tmp_path)
+    artifact = trivium.compile(folder, "cpu", generator=False, out=tmp_path / "out")
+    assert artifact.generator is None
+
+
+def test_tokenizer_with_fewer_tokens_than_the_model_will_do(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def cut(document: dict[str, Any]) -> None:
+        model = document["model"]
+        model["vocab"] = {text: id for text, id in model["vocab"].items() if id < 700}
+        model["merges"] = [
+            pair for pair in model["merges"]
+            if "".join(pair.split(" ") if isinstance(pair, str) else pair) in model["vocab"]
+        ]  # fmt: skip
+
+    folder = with_tokenizer(cut, shared_data("llm-shakespeare"), tmp_path)
     artifact = trivium.compile(folder, "cpu", out=tmp_path / "out")
+    tokens = TextGenerator(artifact).encode("ROMEO:")
+    assert tokens
+    assert max(tokens) < 700
+
+
+def test_tokenizer_put_into_an_artifact_is_refused_when_loaded(
+    shakespeare: Artifact, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "artifact"
+    shutil.copytree(shakespeare.path, copy)
+    folder = with_tokenizer(grown, shared_data("llm-shakespeare"), tmp_path)
+    shutil.copyfile(folder / "tokenizer.json", copy / "tokenizer.json")
     with pytest.raises(BadInput, match="has the token 1024, and the model a vocabulary of 1024"):
-        TextGenerator(artifact)
+        Tokenizer(Artifact.open(copy, checked=False))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
