@@ -237,6 +237,9 @@ def _add_tuning(verbs: Verbs) -> None:
     )
     verb.add_argument("--freeze", action="append", default=[], metavar="PATTERN", help="of weights")
     verb.add_argument("--freeze-scales", action="store_true", help="of quantized weights")
+    verb.add_argument(
+        "--refit", action="store_true", help="fit products to the teacher before the first update"
+    )
     verb.add_argument("--gradual", type=float, metavar="X", help="reach the sparsity in X of it")
     verb.add_argument("--validation", type=float, metavar="X", help="share held out (0.1)")
     verb.add_argument("--evaluations", type=_count, help="looks at what is held out (20)")

@@ -48,6 +48,7 @@ def tune(arguments: argparse.Namespace) -> int:
             shape=arguments.shape,
             target=target_names.find(arguments.target) if arguments.target else None,
             scales=not arguments.freeze_scales,
+            refit=arguments.refit,
             watch=watch,
             **options,
         )
@@ -59,6 +60,8 @@ def tune(arguments: argparse.Namespace) -> int:
     for row in tuned.applied:
         for reason in row.declined:
             console.warn(f"{row.name} left alone {reason}")
+    if arguments.refit and not tuned.refitted:
+        console.warn("--refit fitted nothing: no product has float weights and a teacher's like it")
     if tuned.stopped == "diverged":
         console.warn(f"it diverged: {tuned.reason}; this is the best state before that")
     improved = f" ({tuned.measure} {tuned.before.score:.4g} -> {tuned.after.score:.4g})"
@@ -69,6 +72,7 @@ def tune(arguments: argparse.Namespace) -> int:
             "held-out loss": f"{tuned.before.loss:.4g} -> {tuned.after.loss:.4g}"
             f"{improved if tuned.measure else ''}",
             "best": f"update {tuned.after.step} of {tuned.history[-1].step}",
+            "refitted": f"{tuned.refitted} products" if tuned.refitted else "",
             "stopped": tuned.reason,
             "resumed": f"from update {tuned.resumed}" if tuned.resumed else "",
             "zeros": f"{tuned.sparsity:.1%} of the products' weights" if tuned.sparsity else "",
@@ -106,6 +110,7 @@ def _document(tuned: Any, written: list[Path]) -> dict[str, Any]:
         "before": _look(tuned.before),
         "after": _look(tuned.after),
         "updates": tuned.updates,
+        "refitted": tuned.refitted,
         "stopped": tuned.stopped,
         "reason": tuned.reason,
         "resumed": tuned.resumed,

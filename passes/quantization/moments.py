@@ -38,7 +38,7 @@ class Moment:
         if not np.isfinite(array).all():
             self.spoiled = True
             return
-        for part in _rows(node, array):
+        for part in patches(node, array):
             product = np.matmul(part.transpose(0, 2, 1), part)
             if self.total is None:
                 self.total = product
@@ -53,7 +53,7 @@ class Moment:
         return np.asarray(self.total[0])
 
 
-def _rows(node: ir.Node, array: Array) -> Any:
+def patches(node: ir.Node, array: Array) -> Any:
     """The batch as [groups, rows, K], a part at a time."""
     array = array.astype(np.float32, copy=False)
     if node.op_type != "Conv":

@@ -45,6 +45,8 @@ class Settings:
         augment: Names of `trivium.backends.xla.training.augment`, or a function.
         freeze: Names of weights to leave as they are; ``*`` and ``?`` as in a shell.
         scales: Whether the scales of quantized weights are trained with them.
+        refit: Whether products are fitted to the teacher's values by least squares before the first
+            update: see `trivium.passes.coupling.teach`.
         gradual: Share of the steps over which a pruning recipe reaches its sparsity.
         validation: Share of the samples held out.
         evaluations: How often the held-out samples are looked at.
@@ -71,6 +73,7 @@ class Settings:
     augment: tuple[str, ...] | Augment = ()
     freeze: tuple[str, ...] = ()
     scales: bool = True
+    refit: bool = False
     gradual: float = 0.0
     validation: float = 0.1
     evaluations: int = 20

@@ -25,8 +25,12 @@ from trivium.compiler import model as models
 from trivium.compiler.errors import BadInput
 from trivium.compiler.recipe import TRAINING, Applied, Context, Recipe, Step
 from trivium.compiler.types import Target, Workload
+from trivium.passes.coupling.teach import teach
 
 DISTILL, FINETUNE = TRAINING
+
+_REFIT = 512
+"""Samples that products are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Tuned:
         model: The recipe's graph with new weights.
         recipe: Without the words for training.
         applied: What each pass did.
+        refitted: How many products were fitted to the teacher before the first update.
         measure: What the scores in ``before`` and ``after`` are, 0 to 1; empty if nothing fits.
         before, after: The held-out samples' word before the first update and on what is returned.
         history: Every look at them.
@@ -50,6 +55,7 @@ class Tuned:
     model: ir.Model
     recipe: str
     applied: tuple[Applied, ...]
+    refitted: int
     measure: str
     before: Look
     after: Look
@@ -124,6 +130,7 @@ def tune(
     applied = _prepare(model, shortened, context)
     _prepare(origin, Recipe("none", ()), Context(workload=workload))
     taught = _prepared_teacher(teacher, origin, workload) if distill else None
+    refitted = _refit(model, taught, train, settings)
     objective, made = _objective(model, origin, taught, learned, settings)
     trainer = Trainer(
         made,
@@ -142,17 +149,34 @@ def tune(
     with precise():
         trained = trainer.run(kept, watch or _silent)
         made.write_back(trained.parameters, trained.masks)
-    tuned = _tuned(model, chosen, applied, trained, objective, updates, kept)
+    tuned = _tuned(model, chosen, applied, refitted, trained, objective, updates, kept)
     if out is not None:
         models.save_whole(model, Path(out))
         tuned.forget()
     return tuned
 
 
+def _refit(
+    model: ir.Model, teacher: ir.Model | None, train: datasets.Data, settings: Settings
+) -> int:
+    """Fit products to the teacher where that was asked for; return how many."""
+    if not settings.refit:
+        return 0
+    if teacher is None:
+        raise BadInput(
+            "there is no teacher to fit the weights to",
+            about="--refit",
+            remedy=f"use {DISTILL} in place of {FINETUNE}",
+        )
+    feeds = train.calibration(most=_REFIT)
+    return len(teach(model, teacher, feeds, exclude=settings.freeze))
+
+
 def _tuned(
     model: ir.Model,
     chosen: Recipe,
     applied: list[Applied],
+    refitted: int,
     trained: Trained,
     objective: losses.Objective,
     updates: int,
@@ -162,6 +186,7 @@ def _tuned(
         model,
         chosen.name,
         tuple(applied),
+        refitted,
         objective.measure,
         trained.history[0],
         trained.best,

@@ -142,6 +142,27 @@ def test_pruned_weights_stay_pruned() -> None:
     assert (array[array != 0] != source[array != 0]).mean() > 0.9, "what is left was trained"
 
 
+def test_refitting_comes_before_the_first_update_and_keeps_zeros() -> None:
+    options: dict[str, Any] = {"recipe": HALVES, "steps": 1, "evaluations": 1}
+    plain = tune(network(), samples(labelled=False), **options)
+    tuned = tune(network(), samples(labelled=False), **options, refit=True)
+    assert (plain.refitted, tuned.refitted) == (0, 2)
+    assert tuned.before.loss < 0.9 * plain.before.loss
+    for name in ("w1", "w2"):
+        have, want = (weight(one.model.graph.initializers[name]) for one in (tuned, plain))
+        assert have is not None
+        assert want is not None
+        np.testing.assert_array_equal(have == 0, want == 0)
+    frozen = tune(network(), samples(labelled=False), **options, refit=True, freeze=("w1", "b1"))
+    kept, pruned = (
+        weight(model.graph.initializers["w1"])
+        for model in (frozen.model, prepare.optimize(network(), HALVES)[0])
+    )
+    assert frozen.refitted == 1
+    assert kept is not None
+    np.testing.assert_array_equal(kept, pruned)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_sparsity_rises_to_what_the_recipe_asks(quantized: bool) -> None:
     steps = (Step("prune-magnitude", {"sparsity": 0.75, "min_elements": 8}),)
@@ -327,6 +348,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two words": ({"recipe": "distill+finetune"}, "contradict each other"),
     "teacher and finetune": ({"recipe": "finetune", "teacher": network()}, "has no teacher"),
     "optimizer": ({"optimizer": "magic"}, "'magic' is not known; known: adam, "),
+    "refit and finetune": ({"recipe": "finetune", "refit": True}, "no teacher to fit"),
     "option": ({"stepps": 3}, "no option 'stepps'"),
     "rate": ({"rate": float("nan")}, "not a finite number"),
     "share": ({"alpha": 1.5}, "not between 0 and 1"),
