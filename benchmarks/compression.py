@@ -9,7 +9,8 @@ ONNX Runtime's quantizers run in this environment, NNCF, ModelOpt and Neural Com
 ModelOpt places Q/DQ for TensorRT, with float sums, whatever runs it. `pieces` says how to measure
 in parts.
 
-Not here: MobileNetV2, of which the test data has only a quantized copy and no labelled images.
+MobileNetV2 is made of the quantized copy that the test data has (`mobilenet`); it has no labelled
+images, so what counts is to answer as in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quantizers, recipe_speeds, workloads
+from benchmarks import mobilenet, quantizers, recipe_speeds, workloads
 from benchmarks.harness import Row, Samples, mebibytes, ratio, run_command, seconds
 from benchmarks.pieces import Pieces
 from benchmarks.quantizers import Tool, others, static
@@ -85,7 +86,7 @@ def rows() -> list[Row]:
     pieces = Pieces("compression")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for make in (_resnets, _magika, _minilm, _shakespeare):
+        for make in (_resnets, _magika, _mobilenet, _minilm, _shakespeare):
             for case in make(folder):
                 made += _compared(case, folder, pieces)
         made += recipe_speeds.rows(folder, pieces)
@@ -322,6 +323,21 @@ def _magika(folder: Path) -> list[Case]:
     measures = Measure("same answers as float32"), _DIVERGENCE
     peers = [*static("MinMax", "Entropy"), *others("max")]
     return [Case("Magika", source, [part], measures, ("int8", "int8-minmax"), peers)]
+
+
+def _mobilenet(folder: Path) -> list[Case]:
+    import numpy as np
+
+    source, images = mobilenet.float_copy(folder), mobilenet.pictures(160)
+    if source is None or images is None:
+        return []
+    feeds = folder / "mobilenetv2.npz"
+    np.savez(feeds, image=images[:32])
+    unseen = images[32:]
+    part = Part(feeds, _classified(source, unseen, _scores(source, unseen).argmax(axis=1)))
+    measures = Measure("same answers as float32"), _DIVERGENCE
+    peers = [*static("MinMax", "Entropy", "Percentile"), *others("entropy")]
+    return [Case("MobileNetV2", source, [part], measures, ("int8", "int8-minmax"), peers)]
 
 
 def _minilm(folder: Path) -> list[Case]:
