@@ -51,6 +51,9 @@ _CALIBRATED = ("gptq", "awq")
 _WINDOWS, _TOKENS = 32, 256
 """How many samples of how many tokens are drawn where none are given."""
 
+_BUDGET = 2 << 20
+"""Bytes of tensors that one run may return; attention makes several times as many inside."""
+
 _POSITIVE = ("fpga", "tensorrt")
 """Backends whose engines take no negative scale."""
 
@@ -318,7 +321,7 @@ class QuantizeWeights(Pass):
             assert value is not None
             first[value] = min(first.get(value, node), node, key=order.__getitem__)
         observed = list(first)
-        return Walk(model, feeds, observed, cuts=set(first.values())), at
+        return Walk(model, feeds, observed, cuts=set(first.values()), budget=_BUDGET), at
 
 
 def _reads_tokens(model: ir.Model) -> bool:
