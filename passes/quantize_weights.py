@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +24,15 @@ from trivium.compiler.passing import (
 )
 from trivium.compiler.samples import seeded
 from trivium.compiler.types import Preserves, Workload
-from trivium.passes.quantization import activation_aware, block_sizes, blocks, gptq, layers, storing
+from trivium.passes.quantization import (
+    activation_aware,
+    blas,
+    block_sizes,
+    blocks,
+    gptq,
+    layers,
+    storing,
+)
 from trivium.passes.quantization.blocks import Blocks, Form
 from trivium.passes.quantization.moments import Moment
 from trivium.passes.quantization.walk import Walk
@@ -41,6 +50,9 @@ _CALIBRATED = ("gptq", "awq")
 
 _WINDOWS, _TOKENS = 32, 256
 """How many samples of how many tokens are drawn where none are given."""
+
+_BUDGET = 2 << 20
+"""Bytes of tensors that one run may return; attention makes several times as many inside."""
 
 _POSITIVE = ("fpga", "tensorrt")
 """Backends whose engines take no negative scale."""
@@ -136,10 +148,12 @@ class QuantizeWeights(Pass):
                 return store.all(found, blocks.nearest if positive else blocks.signed)
             case "hqq":
                 return store.all(found, blocks.half_quadratic)
-            case "gptq":
-                return self._by_gptq(model, found, store, self._feeds(model))
             case _:
-                return self._by_awq(model, found, store, self._feeds(model))
+                learn = self._by_gptq if self.method == "gptq" else self._by_awq
+                sizes = [size or 0 for one in found for size in dims(one.value) or ()]
+                small = max(sizes) <= blas.SMALL
+                with blas.in_one_thread() if small else nullcontext():
+                    return learn(model, found, store, self._feeds(model))
 
     def _outlined(self, model: ir.Model, order: dict[ir.Node, int]) -> bool:
         """Put the form of quantized weights where they would stand; nothing is read."""
@@ -307,7 +321,7 @@ class QuantizeWeights(Pass):
             assert value is not None
             first[value] = min(first.get(value, node), node, key=order.__getitem__)
         observed = list(first)
-        return Walk(model, feeds, observed, cuts=set(first.values())), at
+        return Walk(model, feeds, observed, cuts=set(first.values()), budget=_BUDGET), at
 
 
 def _reads_tokens(model: ir.Model) -> bool:

@@ -40,9 +40,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 32
 """Most samples run at a time, where the model's batch is free."""
 
-BUDGET = 2 << 20
-"""Bytes of tensors that one run may return; what it makes inside, attention above all, is several
-times as much."""
+BUDGET = 4 << 20
+"""Bytes of tensors that one run may return."""
 
 WEIGHTS = 16 << 20
 """Bytes of weights in one segment, unless a single node reads more."""
