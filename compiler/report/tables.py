@@ -240,8 +240,8 @@ def _refusals(rows: list[dict[str, Any]], most: int) -> Iterator[str]:
     for row in rows:
         # The reason names the target here and there.
         reason = _short(str(row["refusals"][0]).replace(row["target"], "it"))
-        more = len(row["refusals"]) - 1
-        reason += f" (and {more} more)" if more else ""
+        others = len(row["refusals"]) - 1
+        reason += f" (and {others} more)" if others else ""
         key = (row["backend"], reason)
         groups.setdefault(key, {})[row["target"]] = None
         recipes.setdefault(key, {})[row["recipe"]] = None
