@@ -281,7 +281,9 @@ def answer(candidates: Sequence[Candidate], objective: str, limits: Mapping[str,
     text = f"{name_of(best)}: {aim.label} {shown(figure(best, aim) or 0.0, aim, best)}"
     around = interval(best, aim)
     if around is not None:
-        text += f" (80%: {' to '.join(shown(edge, aim, best) for edge in around)})"
+        low, high = (shown(edge, aim, best) for edge in around)
+        number, _, unit = low.partition(" ")
+        text += f" (80%: {number if high.partition(' ')[2] == unit else low} to {high})"
     kept = [_kept(best, name, limit) for name, limit in limits.items() if LIMITS[name] is not aim]
     text += "".join(f"; {one}" for one in kept)
     others = [

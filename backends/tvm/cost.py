@@ -41,10 +41,10 @@ def _stall(kernel: Kernel, product: Product) -> float:
 
 HABITS = Habits(
     pads=False,
-    depthwise=2.2,
-    bytes_per_operation=2.5,
+    depthwise=4.2,
+    bytes_per_operation=2.2,
     grain=3e4,
-    weight_bytes_per_s=10e9,
+    weight_bytes_per_s=70e9,
     slow=_slow,
     stall=_stall,
 )

@@ -63,14 +63,14 @@ def _slow(kernel: Kernel) -> float:
 
 HABITS = Habits(
     pads=False,
-    depthwise=1.5,
-    bytes_per_operation=1.25,
-    grain=8e5,
-    kernel_wake_s=8e-6,
-    weight_bytes_per_s=30e9,
+    depthwise=1.1,
+    bytes_per_operation=1.4,
+    grain=4e6,
+    kernel_wake_s=6e-6,
+    weight_bytes_per_s=28e9,
     packs=True,
-    patch_s=1.2e-8,
-    attention=1.4,
+    patch_s=8.6e-9,
+    attention=2.1,
     nodes=_nodes,
     slow=_slow,
 )

@@ -13,6 +13,7 @@ For each kernel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,8 +87,8 @@ class Habits:
         kernel_wake_s: Seconds of handing a kernel to the other cores.
         weight_bytes_per_s: At which one core reads weights that are near.
         packs: Whether one core rearranges the weights of a product at every call.
-        patch_s: Seconds of one core for gathering 16 channels at one place of a window, where
-            convolutions are made products that way.
+        patch_s: Seconds of one core for gathering a register of a window, where convolutions are
+            made products that way.
         attention: Times that an attention's products take one core, of what others would; 0
             where they are as others.
         nodes: How many nodes the engine makes of a kernel.
@@ -216,8 +217,7 @@ class CpuMachine:
         operations *= habits.stall(kernel, product)
         gathered = 0.0
         if habits.patch_s and product.taps > 1:
-            runs = -(-product.k / product.taps // LANES)
-            gathered = product.m * product.batch * product.taps * runs * habits.patch_s
+            gathered = product.m * product.batch * pieces(product) * habits.patch_s
         return operations / rate + gathered
 
 
@@ -227,6 +227,12 @@ CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "DeformCo
 def is_depthwise(product: Product) -> bool:
     """Whether a product is a convolution of channels one by one."""
     return product.n < DEPTHWISE_BELOW and product.batch > 1
+
+
+def pieces(product: Product) -> float:
+    """Registers that gather one place of a window: in a row of it, channels lie side by side."""
+    rows = float(round(math.sqrt(product.taps)))
+    return rows * -(-product.k / rows // LANES)
 
 
 def padded(product: Product, narrow: float = 0.0, shallow: float = 0.0) -> float:

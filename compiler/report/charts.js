@@ -60,7 +60,8 @@ function bars(parent, rows, figure, tip) {
     return;
   }
   const width = Math.max(parent.clientWidth, 300), narrow = width < 560;
-  const left = narrow ? 8 : 232, right = 84, line = narrow ? 40 : 26, top = 22;
+  const told = row => figure.shown(figure.value(row)) + (figure.measured(row) ? `, measured ${figure.shown(figure.measured(row))}` : "");
+  const left = narrow ? 8 : 232, right = narrow ? 8 : shown.some(figure.measured) ? 190 : 84, line = narrow ? 40 : 26, top = 22;
   shown.sort((a, b) => (figure.more ? -1 : 1) * (figure.value(a) - figure.value(b)));
   const all = shown.flatMap(row => [figure.value(row), ...(figure.interval(row) || []), ...(figure.measured(row) ? [figure.measured(row)] : [])]).filter(v => v > 0);
   const marks = decades(Math.min(...all) / 1.5, Math.max(...all));
@@ -79,8 +80,11 @@ function bars(parent, rows, figure, tip) {
     const name = row.target + (row.several ? ` · ${row.backend}` : "") + (row.recipe === "none" ? "" : ` · ${row.recipe}`) + (row.batch > 1 ? ` · ${row.batch}` : "");
     const bar = narrow ? y + 18 : y + 5;
     svg("rect", { x: 0, y, width, height: line, fill: "transparent" }, group);
-    if (narrow) svg("text", { x: left, y: y + 13 }, group, name);
-    else svg("text", { x: left - 10, y: y + 17, "text-anchor": "end" }, group, name.length > 34 ? name.slice(0, 33) + "…" : name);
+    if (narrow) {
+      // The figure stands at the end of the line; what is left of it is the name's.
+      const room = Math.floor((width - 24) / 6.6) - told(row).length;
+      svg("text", { x: left, y: y + 13 }, group, name.length > room ? name.slice(0, room - 1) + "…" : name);
+    } else svg("text", { x: left - 10, y: y + 17, "text-anchor": "end" }, group, name.length > 34 ? name.slice(0, 33) + "…" : name);
     svg("rect", { x: left, y: bar, width: Math.max(x(value) - left, 2), height: 15, rx: 2, class: "fill", opacity: .85 }, group);
     let end = x(value);
     if (interval && interval[1] > 0) {
@@ -93,7 +97,8 @@ function bars(parent, rows, figure, tip) {
       svg("path", { d: `M${at} ${bar + 1}l6.5 6.5l-6.5 6.5l-6.5 -6.5z`, class: "measured" }, group);
       end = Math.max(end, at + 7);
     }
-    svg("text", { x: Math.min(end + 8, width - 4), y: bar + 12, "text-anchor": end + 80 > width ? "end" : "start", ...(end + 80 > width ? { x: width } : {}) }, group, figure.shown(value));
+    if (narrow) svg("text", { x: width - right, y: y + 13, "text-anchor": "end" }, group, told(row));
+    else svg("text", { x: end + 8, y: bar + 12 }, group, told(row));
     tip(group, () => figure.tip(row));
   });
 }

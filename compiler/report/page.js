@@ -2,7 +2,7 @@
 
 const rows = data.rows.map((row, index) => ({ ...row, id: index }));
 for (const row of rows) row.several = rows.some(other => other.target === row.target && other.backend !== row.backend);
-const state = { axis: "cost", family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0 };
+const state = { axis: "cost", family: "all", search: "", tab: "latency", sort: null, down: false, open: new Set(), chosen: 0, all: false };
 
 const FIGURES = {
   latency: { label: "Latency", value: r => r.latency_s, interval: r => r.interval_s, measured: r => r.measured && r.measured.latency_s, shown: seconds, caption: "Seconds of one call; shorter is better. The axis is logarithmic." },
@@ -27,9 +27,17 @@ if (generating) {
   Object.assign(FIGURES.cost, { caption: "Dollars for a million new tokens at the listed price, with the target kept busy." });
 }
 
+// Bars of a chart until more are asked for; what was measured is always among them.
+const BARS = 30;
+
 const visible = () => rows.filter(row => (state.family === "all" || row.family === state.family) && `${row.target} ${row.title} ${row.backend} ${row.recipe}`.toLowerCase().includes(state.search));
 
 // --- the parts of the page ---
+
+const LIMITS = {
+  max_latency_s: ["latency at most", seconds], min_throughput_per_s: ["throughput at least", rate], max_memory_bytes: ["memory at most", bytes], max_usd_per_million: ["a million at most", dollars],
+  max_watts: ["power at most", value => scaled(value, "W")], max_drop: ["drop at most", value => `${digits(value * 100)}%`], max_first_token_s: ["first token within", seconds],
+};
 
 function drawHead() {
   const feasible = rows.filter(row => row.feasible).length, targets = new Set(rows.map(row => row.target)).size;
@@ -38,7 +46,10 @@ function drawHead() {
   byId("title").textContent = data.model ? name : `Plan for ${data.objective}`;
   const shapes = Object.entries((data.workload || {}).shapes || {}).map(([k, v]) => `${k} ${v.join("×")}`);
   const dims = Object.entries((data.workload || {}).dims || {}).map(([k, v]) => `${k} = ${v}`);
-  const limits = Object.entries(data.constraints || {}).map(([k, v]) => `${k.replaceAll("_", " ")} ${v}`);
+  const limits = Object.entries(data.constraints || {}).map(([key, value]) => LIMITS[key] ? `${LIMITS[key][0]} ${LIMITS[key][1](value)}` : `${key.replaceAll("_", " ")} ${value}`);
+  const [first, ...rest] = (data.answer || "").split(/(?<=\.) (?=[A-Z])/);
+  byId("answer").replaceChildren(html("strong", { textContent: first }), rest.length ? ` ${rest.join(" ")}` : "");
+  byId("answer").hidden = !data.answer;
   byId("subtitle").textContent = [...(shapes.length ? shapes : dims), ...limits, `${feasible} of ${rows.length} candidates on ${targets} targets can run it`].join(" · ");
 }
 
@@ -88,7 +99,14 @@ function drawChart() {
   if (figure && shown.some(row => row.feasible && figure.measured(row))) keys.push(html("span", {}, html("span", { className: "key measured" }), "measured here"));
   byId("legend").replaceChildren(...keys);
   if (figure) {
-    bars(byId("chart"), shown, figure, tip);
+    const ranked = shown.filter(row => row.feasible && figure.value(row)).sort((a, b) => (figure.more ? -1 : 1) * (figure.value(a) - figure.value(b)));
+    const kept = state.all ? ranked : ranked.filter((row, index) => index < BARS || figure.measured(row));
+    bars(byId("chart"), kept, figure, tip);
+    if (ranked.length > BARS) {
+      const button = html("button", { type: "button", className: "more", textContent: state.all ? `Only the first ${BARS}` : `All ${ranked.length}` });
+      button.addEventListener("click", () => { state.all = !state.all; drawChart(); });
+      byId("chart").append(button);
+    }
     const silent = shown.filter(row => row.feasible && !figure.value(row)).length;
     byId("caption").textContent = figure.caption + (silent ? ` Unknown for ${silent} more.` : "");
     return;
@@ -184,6 +202,9 @@ const COLUMNS = [
   ["$/million", r => r.usd_per_million, value => value === null ? "–" : digits(value), r => r.usd_per_million_interval], ["Bound", r => r.bound],
 ].filter(([name]) => (name !== "Measured" || rows.some(row => row.measured)) && (name !== "Recipe" || rows.some(row => row.recipe !== "none")) && (name !== "Batch" || rows.some(row => row.batch > 1)) && (name !== "Drop" || rows.some(row => row.quality)));
 
+// Numbers stand to the right; a phone shows backend and recipe under the target's name.
+const classOf = index => [COLUMNS[index][2] ? "number" : "", ["Backend", "Recipe"].includes(COLUMNS[index][0]) ? "named" : ""].join(" ").trim();
+
 function compareBy(column) {
   const value = COLUMNS[column][1], sign = state.down ? -1 : 1;
   return (a, b) => {
@@ -194,10 +215,10 @@ function compareBy(column) {
 }
 
 function drawTable() {
-  const head = html("tr", {}, ...COLUMNS.map(([label, , show], index) => {
+  const head = html("tr", {}, ...COLUMNS.map(([label], index) => {
     const button = html("button", { type: "button", textContent: label });
     button.addEventListener("click", () => { state.down = state.sort === index && !state.down; state.sort = index; drawTable(); });
-    const cell = html("th", { className: show ? "number" : "", scope: "col" }, button);
+    const cell = html("th", { className: classOf(index), scope: "col" }, button);
     cell.setAttribute("aria-sort", state.sort === index ? (state.down ? "descending" : "ascending") : "none");
     return cell;
   }));
@@ -207,8 +228,8 @@ function drawTable() {
   byId("table").tBodies[0].replaceChildren(...shown.flatMap(row => {
     const cells = COLUMNS.map(([label, value, show, interval], index) => {
       const text = show ? show(value(row) === undefined ? null : value(row)) : value(row) || "–";
-      const cell = html("td", { className: show ? "number" : "" }, index ? text : "");
-      if (!index) cell.append(html("span", { className: "dot " + row.family }), text);
+      const cell = html("td", { className: classOf(index) }, index ? text : "");
+      if (!index) cell.append(html("span", { className: "dot " + row.family }), text, html("span", { className: "range with", textContent: `${row.backend}, ${row.recipe}` }));
       if (interval && interval(row)) cell.append(html("span", { className: "range", textContent: range(interval(row), show) }));
       return cell;
     });
@@ -217,14 +238,18 @@ function drawTable() {
     const flip = () => { state.open.has(row.id) ? state.open.delete(row.id) : state.open.add(row.id); drawTable(); };
     line.addEventListener("click", flip);
     line.addEventListener("keydown", event => { if (event.key === "Enter") flip(); });
-    return state.open.has(row.id) ? [line, detail(row)] : [line];
+    const why = row.verdict && !best ? [html("tr", { className: "why" + (row.feasible ? "" : " refused") }, html("td", { colSpan: COLUMNS.length }, html("div", { textContent: reason(row) })))] : [];
+    if (why.length) line.classList.add("told");
+    return state.open.has(row.id) ? [line, ...why, detail(row)] : [line, ...why];
   }));
 }
+
+// Why a candidate of a plan lost, and what would have to change.
+const reason = row => row.verdict + (row.wins_if ? `; would win if ${row.wins_if}` : "");
 
 function detail(row) {
   const list = items => html("ul", {}, ...items.map(item => html("li", { textContent: item })));
   const cell = html("div", {}, html("strong", { textContent: row.title || row.target }));
-  if (row.verdict) cell.append(html("p", { textContent: row.verdict + (row.wins_if ? `; would win if ${row.wins_if}` : "") }));
   if (row.quality) cell.append(html("p", { textContent: row.quality.reason || `${row.quality.metric} ${digits(row.quality.value)} on ${row.quality.samples}, drop ${row.quality.drop.toFixed(4)}` }));
   if (row.latency_s) cell.append(pricing(row));
   if (row.refusals.length) cell.append(list(row.refusals));
@@ -273,6 +298,7 @@ function draw() {
 byId("search").addEventListener("input", event => { state.search = event.target.value.toLowerCase(); draw(); });
 let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawChart(); } });
+if (FIGURES[data.objective]) state.tab = data.objective;
 drawHead();
 drawCards();
 draw();

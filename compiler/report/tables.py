@@ -120,8 +120,8 @@ PLANNED = 30
 
 
 REASONS, NAMED, LONG = 12, 4, 60
-"""How many reasons of refusals a terminal tells, how many targets of each, and how much of the
-name of a node."""
+"""How many reasons of refusals a terminal tells, how many targets of each for a plan, and how much
+of the name of a node."""
 
 
 def _serving(row: dict[str, Any], name: str) -> Any:
@@ -202,7 +202,7 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
     refused = [row for row in rows if not row["feasible"]]
     if refused:
         out.print()
-        for line in _refusals(refused):
+        for line in _refusals(refused, NAMED if isinstance(result, Plan) else len(refused)):
             out.print(Text(line, style="dim"))
     if not isinstance(result, Plan):
         for row in feasible:
@@ -233,20 +233,22 @@ def _short(reason: str) -> str:
     return f"{name[: LONG // 2]}...{name[-LONG // 2 :]}{bracket}{rest}"
 
 
-def _refusals(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _refusals(rows: list[dict[str, Any]], most: int) -> Iterator[str]:
     """What cannot run it and why: targets, and recipes, of one reason together."""
     groups: dict[tuple[str, str], dict[str, None]] = {}
     recipes: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         # The reason names the target here and there.
         reason = _short(str(row["refusals"][0]).replace(row["target"], "it"))
+        others = len(row["refusals"]) - 1
+        reason += f" (and {others} more)" if others else ""
         key = (row["backend"], reason)
         groups.setdefault(key, {})[row["target"]] = None
         recipes.setdefault(key, {})[row["recipe"]] = None
     for key, targets in list(groups.items())[:REASONS]:
         named = list(targets)
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        more = f" and {len(named) - most} more" if len(named) > most else ""
         of = f" ({', '.join(recipes[key])})"
-        yield f"{', '.join(named[:NAMED])}{more} with {key[0]}{of}: {key[1]}"
+        yield f"{', '.join(named[:most])}{more} with {key[0]}{of}: {key[1]}"
     if len(groups) > REASONS:
         yield f"and for {len(groups) - REASONS} more reasons: --json or --html"

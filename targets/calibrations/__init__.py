@@ -26,6 +26,10 @@ from trivium.compiler.machines.gpu_kernels import TABLES, GpuMachine
 from trivium.compiler.types import Target
 from trivium.targets.host import with_bandwidth
 
+WHOLE_MODEL_SPREAD = 0.1
+"""What is added for a whole model, of which the microbenchmarks are pieces: caches and layouts
+between them differ."""
+
 OTHER_CPU_SPREAD = 0.4
 """What is added for a CPU on which nobody calibrated: caches, memory and libraries differ."""
 
@@ -107,10 +111,10 @@ def gpu_machine(target: Target, gap_s: float = 0.0, **paces: float) -> GpuMachin
 def cpu_machine(target: Target, engine: str, habits: Habits) -> CpuMachine:
     """The formula for a CPU with the coefficients and the habits of an engine."""
     calibration = find(target, f"engine_{engine}")
-    if calibration.scope == "family":
-        calibration = replace(calibration, spread=math.hypot(calibration.spread, OTHER_CPU_SPREAD))
+    other = OTHER_CPU_SPREAD if calibration.scope == "family" else 0.0
+    spread = math.hypot(calibration.spread, WHOLE_MODEL_SPREAD, other)
     whole = {**CPU_START, **calibration.coefficients}
-    calibration = replace(calibration, coefficients=whole)
+    calibration = replace(calibration, coefficients=whole, spread=spread)
     return CpuMachine(calibration, habits, with_bandwidth(target).memory_bytes_per_s)
 
 

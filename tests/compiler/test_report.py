@@ -365,3 +365,65 @@ def test_nothing_was_logged_injected_or_requested(page: Any) -> None:
     assert all(
         url.endswith(("/report.html", "/explained.html", "/generator.html")) for url in opened
     )
+
+
+@pytest.fixture
+def plan_page(browser: Any, result: Comparison, tmp_path: Path) -> Any:
+    chosen = choose(result.candidates, Constraints(max_latency_s=0.02), "cost")
+    file = tmp_path / "plan.html"
+    file.write_text(report.to_html(chosen), encoding="utf-8")
+    browser.get(file.as_uri())
+    return browser
+
+
+@pytest.mark.slow
+def test_the_page_of_a_plan_opens_with_its_answer_and_gives_each_reason(plan_page: Any) -> None:
+    data = plan_page.execute_script("return data")
+    assert plan_page.find_element("id", "answer").text == data["answer"]
+    assert "latency at most 20.0 ms" in plan_page.find_element("id", "subtitle").text
+    assert find(plan_page, "[data-tab=cost]")[0].get_attribute("aria-selected") == "true"
+    reasons = [one.text for one in find(plan_page, "tr.why")]
+    lost = [row for row in data["candidates"] if row["verdict"] != "best"]
+    assert len(reasons) == len(lost)
+    for text, row in zip(reasons, lost, strict=True):
+        assert text.startswith(row["verdict"][:40])
+        assert (row["wins_if"] or "") in text
+
+
+@pytest.mark.slow
+def test_a_phone_shows_figures_and_reasons_without_scrolling_the_page(plan_page: Any) -> None:
+    try:
+        plan_page.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
+        )
+        plan_page.refresh()
+        assert plan_page.execute_script("return document.documentElement.scrollWidth") <= 390
+        # The first figure is in sight, and so is every reason.
+        edges = plan_page.execute_script(
+            "return [...document.querySelectorAll('tr.candidate td.number:nth-child(3), tr.why div,"
+            " tr.candidate td.number:nth-child(4)')].map(e => e.getBoundingClientRect())"
+            ".filter(box => box.width).map(box => box.left)"
+        )
+        assert edges
+        assert max(edges) < 390
+        widths = plan_page.execute_script(
+            "return [...document.querySelectorAll('tr.why div')]"
+            ".map(e => e.getBoundingClientRect().right)"
+        )
+        assert max(widths) <= 390
+    finally:
+        plan_page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_a_chart_of_many_shows_the_first_and_all_on_demand(page: Any) -> None:
+    page.refresh()
+    known = page.execute_script(
+        "for (let i = 0; i < 40; i++) rows.push({...rows.find(r => r.latency_s), id: 1000 + i});"
+        "state.tab = 'latency'; draw(); return rows.filter(r => r.feasible && r.latency_s).length"
+    )
+    assert known > 40
+    assert len(find(page, "#chart svg g")) <= 31
+    click(page, "#chart button.more")
+    assert len(find(page, "#chart svg g")) == known

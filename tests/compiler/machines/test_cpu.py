@@ -114,3 +114,10 @@ def test_a_fit_recovers_the_coefficients_that_made_the_points() -> None:
     )
     for name, value in truth.items():
         assert found[name] == pytest.approx(value, rel=0.2), name
+
+
+def test_a_window_is_gathered_by_its_rows() -> None:
+    # One channel: five rows of five; of 64 channels a row of three is twelve registers.
+    assert cpu.pieces(Product(784, 8, 25, taps=25)) == 5
+    assert cpu.pieces(Product(100, 8, 64 * 9, taps=9)) == 36
+    assert cpu.pieces(Product(100, 8, 16 * 9, taps=9)) == 9
