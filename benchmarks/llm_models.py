@@ -26,6 +26,23 @@ _OPTIONS = {
 }
 
 
+_COMPRESS = """
+import sys, nncf, openvino
+source, out = sys.argv[1:]
+model = openvino.Core().read_model(source)
+# Its blocks are of 128 by default; tables narrower than that are those of the rotary embedding.
+tables = [op for op in model.get_ops() if op.get_type_name() == "Gather"]
+narrow = [op.get_friendly_name() for op in tables
+          if op.input_value(0).get_partial_shape()[-1].get_max_length() < 128]
+adjusted = nncf.AdvancedCompressionParameters(
+    group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+model = nncf.compress_weights(
+    model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=128, ratio=1.0, all_layers=True,
+    ignored_scope=nncf.IgnoredScope(names=narrow, validate=False), advanced_parameters=adjusted)
+openvino.save_model(model, out, compress_to_fp16=False)
+"""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An engine with the model that it runs.
@@ -61,6 +78,12 @@ def contestants(folder: Path, shape: str) -> tuple[Contestant, ...]:
     else:
         packed = _packed(source, folder / f"{stem}-q4.gguf", llama)
         found += [Contestant(kind, kind, llama, packed) for kind in ("llama", "llama-plain")]
+    nncf = os.environ.get("TRIVIUM_NNCF_PYTHON")
+    if nncf is None:
+        print("OpenVINO by NNCF: left out (TRIVIUM_NNCF_PYTHON is not set)", file=sys.stderr)
+    else:
+        small = _compressed(source, folder / f"{stem}-nncf", nncf)
+        found.append(Contestant("nncf", "openvino", sys.executable, small))
     for engine in ("genai", "genai8"):
         built = _built_by_genai(source, folder, folder / f"{stem}-{engine}", engine == "genai8")
         if built is not None:
@@ -79,6 +102,22 @@ def _ours(source: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "trivium.compiler.cli", "compile", str(source)]
     command += ["--target", "cpu", "--recipe", "int4", "--no-cache", *options, "-o", str(out)]
     return _made(out, lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+
+
+def _compressed(source: Path, out: Path, nncf: str) -> Path:
+    """Our stateful model in float, its weights compressed by NNCF as its makers have it."""
+
+    def make() -> None:
+        wide = out.with_name(f"{out.name}-openvino-float")
+        command = [sys.executable, "-m", "trivium.compiler.cli", "compile", str(source)]
+        command += ["--target", "cpu", "--backend", "openvino", "--no-cache", "-o", str(wide)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        out.mkdir()
+        files = [str(wide / "model.xml"), str(out / "model.xml")]
+        subprocess.run([nncf, "-c", _COMPRESS, *files], check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(wide)
+
+    return _made(out, make)
 
 
 def _packed(source: Path, out: Path, llama: str) -> Path:

@@ -18,7 +18,7 @@ from trivium.compiler import files
 from trivium.compiler.errors import TriviumError
 
 _CHUNK = 8 << 20
-LARGE = 8 << 20
+LARGE = 1 << 20
 """Bytes from which a file is worth remembering."""
 
 _KNOWN = "checked.json"

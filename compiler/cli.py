@@ -427,6 +427,12 @@ def _add_generating(verbs: Verbs) -> None:
         default=True,
         help="guess tokens from what was said before; the output is the same",
     )
+    verb.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="round alike whatever is guessed; without, int4 takes a tenth less time on a CPU",
+    )
 
     verb = _verb(verbs, "serve", "commands.serving", "serve a generator artifact over HTTP")
     _artifact(verb)
@@ -440,6 +446,7 @@ def _add_generating(verbs: Verbs) -> None:
     )
     verb.add_argument("--deadline", type=_positive, default=300.0, metavar="S", help="of a request")
     verb.add_argument("--speculate", action=argparse.BooleanOptionalAction, default=True)
+    verb.add_argument("--exact", action=argparse.BooleanOptionalAction, default=False)
     verb.set_defaults(timeout=threading.TIMEOUT_MAX)
 
 

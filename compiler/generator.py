@@ -239,10 +239,17 @@ C = TypeVar("C", bound=Cache)
 
 
 class Decoder(Protocol[C]):
-    """A generator that is loaded: what a generation loop drives."""
+    """A generator that is loaded: what a generation loop drives.
+
+    Attributes:
+        pairs: Whether the engine rounds one token on its own otherwise than several, and what it
+            rounds is quantized after, so that the difference can be seen. It then computes any
+            even number of tokens alike.
+    """
 
     generator: Generator
     where: str
+    pairs: bool
 
     def start(self, rows: int = 1, capacity: int | None = None) -> C:
         """Return an empty cache with room for ``capacity`` tokens a row (by default the context).

@@ -29,6 +29,13 @@ _WASTED = 64 << 20
 """Bytes of the largest caches that lie on huge pages, which take all of their memory at once."""
 
 
+def _memory(size: int) -> mmap.mmap:
+    """Memory of this process alone: what could be shared gets no huge pages, as systems are set."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 @dataclass
 class RaggedCache:
     """Rows with ends of their own.
@@ -48,8 +55,8 @@ class RaggedCache:
 class RaggedDecoder:
     """A session whose caches are inputs and outputs of the same memory."""
 
-    def __init__(self, generator: Generator, session: Any, where: str) -> None:
-        self.generator, self.where = generator, where
+    def __init__(self, generator: Generator, session: Any, where: str, pairs: bool = False) -> None:
+        self.generator, self.where, self.pairs = generator, where, pairs
         self._session = session
         inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         self._narrow = {value.name for value in inputs if value.type == "tensor(int32)"}
@@ -135,7 +142,7 @@ class RaggedDecoder:
         sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
         # The system gives a page when it is first written; an allocator that has memory left over
         # would fill it with zeros.
-        block = mmap.mmap(-1, max(sum(sizes), 1))
+        block = _memory(max(sum(sizes), 1))
         if sum(sizes) <= _WASTED:
             huge_pages.advise(np.frombuffer(block, np.uint8))
         binding, buffers, first = self._session.io_binding(), [], 0

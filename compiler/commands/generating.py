@@ -37,6 +37,7 @@ def generate(arguments: argparse.Namespace) -> int:
         rows=min(arguments.rows, len(prompts)),
         capacity=arguments.context,
         speculate=arguments.speculate,
+        exact=arguments.exact,
         prefix_bytes=PREFIX_BYTES if len(prompts) > 1 else 0,
     )
     if arguments.image:

@@ -30,6 +30,7 @@ def serve(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         capacity=arguments.context,
         speculate=arguments.speculate,
+        exact=arguments.exact,
     )
     name = arguments.name or generator.artifact.path.resolve().name
     server = Server(generator, name, Limits(arguments.queue, arguments.deadline))

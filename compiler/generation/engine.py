@@ -96,6 +96,8 @@ class Engine:
         capacity: Tokens of a text in all; by default the context.
         speculate: Whether to guess tokens ahead.
         prefix_bytes: What caches of earlier prompts may hold.
+        exact: Whether a text on its own is fed tokens in pairs where the decoder asks for it
+            (`Decoder.pairs`), so that what is guessed changes no digit of any logit.
 
     Raises:
         BackendFailed: The caches would not fit into the memory.
@@ -110,6 +112,7 @@ class Engine:
         capacity: int | None = None,
         speculate: bool = True,
         prefix_bytes: int = PREFIX_BYTES,
+        exact: bool = True,
     ) -> None:
         generator = decoder.generator
         if not generator.vocabulary:
@@ -125,6 +128,7 @@ class Engine:
         if capacity is not None:  # asked for; otherwise each text takes what it may need
             require_memory(generator, self.rows, self.capacity)
         self._speculate = speculate
+        self._pairs = exact and decoder.pairs and generator.checks_any and not generator.grows
         self._prefixes = PrefixCache(decoder, prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
@@ -233,7 +237,7 @@ class Engine:
         cache, known = self._prefixes.take(prompt)
         if cache is None:
             cache = self.decoder.start(capacity=self._need(request))
-        logits = self.decoder.feed(cache, [prompt[known:]])
+        logits = self._read(cache, prompt, known)
         self.counts.prompt += len(prompt)
         self.counts.reused += known
         self._prefixes.keep(prompt, cache, 0)
@@ -245,14 +249,28 @@ class Engine:
             self._active.append(request)
         return piece
 
+    def _read(self, cache: Any, prompt: list[int], known: int) -> Array:
+        """Feed a cache what it does not know of a prompt; return the logits after its end."""
+        new = prompt[known:]
+        if not self._pairs or len(new) % 2 == 0:
+            return self.decoder.feed(cache, [new])
+        logits = self.decoder.feed(cache, [[*new, new[-1]]], keep=2)
+        self.decoder.truncate(cache, [len(prompt)])
+        return logits[:, :1]
+
     def _decode(self) -> list[Piece]:
         guesses = self._guesses()
         width = max(map(len, guesses))
+        filling = [request.tokens[-1] for request in self._active]
+        if self._pairs and len(self._active) == 1 and width % 2 == 0:
+            width += 1
+            if self._speculate:
+                filling = [self._active[0].lookup.likely(guesses[0])]
         # All rows get as many tokens, or they would have to be moved: what a text has no guess for
-        # is filled up with its last token, which may come true like any other.
+        # is filled up with a token that may come true like any other.
         fed = [
-            [r.tokens[-1], *guess, *[r.tokens[-1]] * (width - len(guess))]
-            for r, guess in zip(self._active, guesses, strict=True)
+            [r.tokens[-1], *guess, *[fill] * (width - len(guess))]
+            for r, guess, fill in zip(self._active, guesses, filling, strict=True)
         ]
         logits = self.decoder.feed(self._cache, fed, keep=width + 1)
         pieces = []

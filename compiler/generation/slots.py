@@ -71,6 +71,7 @@ class SlotDecoder(ABC):
     """
 
     where: str
+    pairs: bool = False
     embeddings: Embeddings | None = None
     sources: Sources | None = None
 

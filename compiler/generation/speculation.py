@@ -28,7 +28,7 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(SHORTEST, LONGEST + 1)]
+        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST)]
         self._length = SHORTEST
         self._pause = 0
         self.guessed = 0
@@ -39,7 +39,7 @@ class PromptLookup:
         self._pause = max(0, self._pause - len(tokens))
         for token in tokens:
             # Only what is followed by something can tell what follows.
-            for size, places in enumerate(self._places, SHORTEST):
+            for size, places in enumerate(self._places, 1):
                 if len(self._tokens) >= size:
                     places[tuple(self._tokens[-size:])] = len(self._tokens)
             self._tokens.append(token)
@@ -49,10 +49,19 @@ class PromptLookup:
         if self._pause or most < 1:
             return []
         for size in range(LONGEST, SHORTEST - 1, -1):
-            place = self._places[size - SHORTEST].get(tuple(self._tokens[-size:]))
+            place = self._places[size - 1].get(tuple(self._tokens[-size:]))
             if len(self._tokens) >= size and place is not None:
                 return self._tokens[place : place + min(self._length, most)]
         return []
+
+    def likely(self, guess: list[int]) -> int:
+        """Return the best bet for a token after a guess, where checking one costs nothing."""
+        known = [*self._tokens[-LONGEST:], *guess]
+        for size in range(min(LONGEST, len(known)), 0, -1):
+            place = self._places[size - 1].get(tuple(known[-size:]))
+            if place is not None:
+                return self._tokens[place]
+        return known[-1]
 
     def learn(self, guessed: int, accepted: int) -> None:
         """Adapt to how many of the guessed tokens came true."""

@@ -60,6 +60,8 @@ class TextGenerator:
         capacity: Tokens of a text in all; by default the model's context.
         speculate: Whether to guess tokens ahead: the same tokens, sooner where texts repeat.
         prefix_bytes: What caches of earlier prompts may hold.
+        exact: Whether a text on its own comes out the same to the last digit whatever is guessed,
+            at a price where weights have four bits; see `Engine`.
 
     Raises:
         BadInput: It is no generator.
@@ -74,6 +76,7 @@ class TextGenerator:
         capacity: int | None = None,
         speculate: bool = True,
         prefix_bytes: int = PREFIX_BYTES,
+        exact: bool = True,
     ) -> None:
         artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
         self.artifact = artifact
@@ -94,6 +97,7 @@ class TextGenerator:
             capacity=capacity,
             speculate=speculate,
             prefix_bytes=prefix_bytes,
+            exact=exact,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -89,3 +89,14 @@ def test_guesses_adapt_to_what_comes_true(outcomes: list[bool]) -> None:
         lookup.extend([1, 2])
     if outcomes[-6:] == [False] * 6:
         assert len(lookup.guess(99)) <= 1
+
+
+def test_what_costs_nothing_to_check_is_what_followed_the_last_token() -> None:
+    lookup = PromptLookup()
+    lookup.extend([1, 2, 3, 4, 5, 6, 2])
+    assert lookup.guess(8) == []
+    assert lookup.likely([]) == 3
+    assert lookup.likely([3, 4]) == 5
+    lookup.extend([7])
+    assert lookup.likely([]) == 7
+    assert PromptLookup().likely([9]) == 9
