@@ -431,7 +431,7 @@ def _add_generating(verbs: Verbs) -> None:
         "--exact",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="round alike whatever is guessed; without, int4 takes a tenth less time on a CPU",
+        help="round alike whatever is guessed; without, int4 takes 6 to 17%% less time on a CPU",
     )
 
     verb = _verb(verbs, "serve", "commands.serving", "serve a generator artifact over HTTP")

@@ -35,9 +35,9 @@ from trivium.compiler.job import SAMPLES
 from trivium.compiler.prepare import Progress, silent
 from trivium.compiler.prices import Table, priced
 from trivium.compiler.recipe import Context
-from trivium.compiler.rows import NO_CHANGE, name_of, row, seconds_of, workload_json
+from trivium.compiler.rows import NO_CHANGE, name_of, noted, row, seconds_of, workload_json
 from trivium.compiler.timing import time_calls
-from trivium.compiler.types import Candidate, Estimate, Target, TensorInfo, Workload
+from trivium.compiler.types import Candidate, Target, TensorInfo, Workload
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -384,7 +384,7 @@ def _candidate(
         return replace(made, refusals=(str(error),))
     unfit = does_not_fit(estimate, target)
     made = replace(made, estimate=estimate, refusals=(unfit,) if unfit else ())
-    return _noted(made, f"{NO_CHANGE} of this model") if optimized.unchanged else made
+    return noted(made, f"{NO_CHANGE} of this model") if optimized.unchanged else made
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,7 @@ class _Measurement:
                 feed = self._feed(candidate)
                 timing = time_calls(lambda: executable.run(feed))
         except TriviumError as error:
-            return _noted(candidate, f"not measured: {error}")
+            return noted(candidate, f"not measured: {error}")
         return replace(candidate, measured={**timing.to_json(), "where": executable.where})
 
     def _shape(self, candidate: Candidate) -> list[str]:
@@ -438,11 +438,6 @@ class _Measurement:
         workload = shapes.parse(self._shape(candidate), models.signature(model)[0])
         shapes.bind(model, workload)
         return _feeds(model, workload, self.calibration, self.seed)[0]
-
-
-def _noted(candidate: Candidate, note: str) -> Candidate:
-    estimate = candidate.estimate or Estimate(None)
-    return replace(candidate, estimate=replace(estimate, notes=(*estimate.notes, note)))
 
 
 def _order(candidate: Candidate) -> tuple[int, float, str]:

@@ -17,7 +17,7 @@ from trivium.compiler.backend import cache_form
 from trivium.compiler.decoder_cost import PARTS, Costs, Graphs, Serving
 from trivium.compiler.errors import BadInput, TriviumError
 from trivium.compiler.prepare import Progress
-from trivium.compiler.rows import NO_CHANGE
+from trivium.compiler.rows import NO_CHANGE, noted
 from trivium.compiler.types import Bound, Candidate, Estimate, OpCost, Target, Work, Workload
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ class Decoder:
             if (*key, form) not in known:
                 known[*key, form] = self._graphs(models[key], recipe, form)
             progress(f"predicting: {target.name} with {name}")
-            made_of = models[key]
-            notes = (f"{NO_CHANGE} of this model",) if made_of[1] is True else ()
+            unchanged = models[key][1] is True
             for made in _on(known[*key, form], target, name, recipe.name, loads):
-                yield _noted(made, notes)
+                told = unchanged and made.estimate is not None
+                yield noted(made, f"{NO_CHANGE} of this model") if told else made
 
     def _after(self, recipe: Recipe, target: Target, backend: str) -> _After:
         try:
@@ -134,13 +134,6 @@ def _on(
         except TriviumError as error:
             refusals = tuple(getattr(error, "refusals", ())) or (str(error),)
             yield replace(one, refusals=refusals)
-
-
-def _noted(candidate: Candidate, notes: tuple[str, ...]) -> Candidate:
-    estimate = candidate.estimate
-    if not notes or estimate is None:
-        return candidate
-    return replace(candidate, estimate=replace(estimate, notes=(*estimate.notes, *notes)))
 
 
 def _cannot(backend: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trivium.compiler.types import Candidate, Estimate, Target, Workload
@@ -12,6 +14,9 @@ SHOWN_REFUSALS = 20
 
 NO_CHANGE = "the recipe changes nothing"
 """How the note begins that says so."""
+
+_MISSING = ("no published", "not predicted", "no prediction")
+"""How the notes begin that say why a figure is missing."""
 
 
 def seconds_of(candidate: Candidate) -> float | None:
@@ -36,6 +41,17 @@ def workload_json(workload: Workload) -> dict[str, Any]:
     if workload.new_tokens is not None:
         found |= {"prompt_tokens": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     return found
+
+
+def noted(candidate: Candidate, note: str) -> Candidate:
+    """A candidate with one more note on its estimate."""
+    estimate = candidate.estimate or Estimate(None)
+    return replace(candidate, estimate=replace(estimate, notes=(*estimate.notes, note)))
+
+
+def unpredicted(notes: Sequence[str]) -> list[str]:
+    """The notes of an estimate that say why a figure is missing."""
+    return [note for note in notes if note.startswith(_MISSING)]
 
 
 def figure_of(candidate: Candidate, key: str) -> float | None:

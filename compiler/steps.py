@@ -16,7 +16,7 @@ from trivium.compiler import recipe as recipes
 from trivium.compiler.generation import compiling as generating
 from trivium.compiler.prepare import Prepared, Progress, legalize, predict, run_recipe, silent
 from trivium.compiler.recipe import Applied
-from trivium.compiler.types import Estimate, Target, TensorInfo
+from trivium.compiler.types import Estimate, TensorInfo
 
 if TYPE_CHECKING:
     from trivium.compiler.backend import Tensors
@@ -124,11 +124,9 @@ def ready(
         prepared = legalize(piece, job.backend, job.target, bound)
         estimate = None
         if not prepared.refusals:
-            estimate = _predict(replace(prepared, workload=workload), job.target, driven)
+            step = prepared
+            if driven is not None:
+                step = generating.one_step(replace(prepared, workload=workload), driven)
+            estimate = predict(step, job.target)
         pieces.append(Piece(name, signatures[name], prepared, estimate, driven))
     return Ready(pieces, done, inserted)
-
-
-def _predict(prepared: Prepared, target: Target, generator: Generator | None) -> Estimate:
-    step = prepared if generator is None else generating.one_step(prepared, generator)
-    return predict(step, target)

@@ -13,6 +13,7 @@ from trivium.compiler import targets as target_names
 from trivium.compiler.commands import console
 from trivium.compiler.errors import BadInput
 from trivium.compiler.generator import Generator
+from trivium.compiler.rows import unpredicted
 
 
 def compile(arguments: argparse.Namespace) -> int:
@@ -101,9 +102,7 @@ def _options(items: list[str]) -> dict[str, str]:
 
 def _predicted(estimate: dict[str, Any]) -> str | None:
     if not estimate or estimate.get("seconds") is None:
-        notes = [str(note) for note in (estimate or {}).get("notes") or ()]
-        starts = ("not predicted", "no prediction", "no published")
-        why = [note for note in notes if note.startswith(starts)]
+        why = unpredicted(estimate.get("notes") or ()) if estimate else []
         return f"nothing ({why[0].removeprefix('not predicted: ')})" if why else None
     text = console.si(estimate["seconds"], "s")
     if estimate["lo"] is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trivium.compiler import plan as planning
 from trivium.compiler.compare import Comparison
 from trivium.compiler.report import units
+from trivium.compiler.rows import unpredicted
 from trivium.compiler.types import Plan
 
 if TYPE_CHECKING:
@@ -208,8 +209,7 @@ def terminal(result: Result, *, console: Console | None = None) -> None:
         for row in feasible:
             # A plan's verdict says it; here a row of dashes would stand without a reason.
             if row["latency_s"] is None and row["notes"]:
-                first = ("no published", "not predicted", "no prediction")
-                why = [note for note in row["notes"] if note.startswith(first)] or row["notes"]
+                why = unpredicted(row["notes"]) or row["notes"]
                 out.print(Text(f"{row['target']} with {row['backend']}: {why[0]}", style="dim"))
     if isinstance(result, Plan):
         out.print()
