@@ -1,7 +1,7 @@
 """Recipes on pieces of models: the speed-up that CPU engines' cost models say, by that measured.
 
 The pieces are those of `trivium.compiler.microbenchmarks` that have weights worth quantizing, and
-two products of a transformer. The habits of engines for integers (`Habits.integer`, ``unpack_s``,
+two products of a transformer. The habits of engines for integers (`Habits.reach`, ``unpack_s``,
 ``stall``) were set looking at this table, so it shows how well they fit; how well they foretell is
 shown by `recipe_speeds`, on models.
 """

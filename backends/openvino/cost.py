@@ -43,7 +43,8 @@ HABITS = Habits(
     bytes_per_operation=1.7,
     grain=6e4,
     kernel_wake_s=1e-6,
-    integer=INTEGER,
+    reach={"int8": INTEGER, "bfloat16": 3.3},
+    unpack_s=(3.3e-10, 0.0),
     stall=_stall,
 )
 
