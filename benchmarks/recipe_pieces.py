@@ -1,7 +1,7 @@
 """Recipes on pieces of models: the speed-up that CPU engines' cost models say, by that measured.
 
 The pieces are those of `trivium.compiler.microbenchmarks` that have weights worth quantizing, and
-two products of a transformer. The habits of engines for integers (`Habits.reach`, ``unpack_s``,
+two products of a transformer. The habits of engines for small types (`Habits.reach`, ``unpack_s``,
 ``stall``) were set looking at this table, so it shows how well they fit; how well they foretell is
 shown by `recipe_speeds`, on models.
 """
@@ -23,7 +23,7 @@ from benchmarks.pieces import Pieces
 TITLE = "Recipes on pieces of models, on this CPU"
 
 ENGINES = ("onnxruntime", "openvino", "xla")
-RECIPES = ("none", "int8", "int8-dynamic", "int4")
+RECIPES = ("none", "int8", "int8-dynamic", "int4", "bf16", "fp16")
 NAMES = (
     "convolutions 16x32", "residual 24x20", "residual 32x16", "residual 128x7", "mobile 16x64x48",
     "perceptron of 16 rows", "encoder 64x256", "encoder 96x312", "encoder 128x512",

@@ -179,7 +179,7 @@ def _refuse_twice(steps: Iterable[Step], about: str) -> None:
         shown = [", ".join(f"{k}={v}" for k, v in one.options.items()) for one in (first, step)]
         raise BadInput(
             f"{step.name} twice ({shown[0] or 'defaults'}; {shown[1] or 'defaults'}): the second "
-            "would find everything quantized by the first",
+            "would find nothing left to do",
             about=about,
             remedy="leave one out",
         )

@@ -44,8 +44,8 @@ class PackBlockedProducts(NodePass):
     in this form they are mapped from the file. The weights of a Gemm it dequantizes at every call.
     Weights are packed when they are written.
 
-    Left alone: blocks that do not lie along the axis that is summed over, and sizes that the
-    kernel lacks.
+    Left alone: blocks that do not lie along the axis that is summed over, sizes that the kernel
+    lacks, and a Gemm that turns its input or scales an operand.
     """
 
     name: ClassVar[str] = "onnxruntime-pack-blocked-products"
