@@ -166,6 +166,9 @@ class CpuMachine:
             return KernelTime(0.0, 0.0, 0.0), 0.0
         if not peak:
             return None
+        bandwidth = target.memory_bytes_per_s or self.bytes_per_s or 1.0
+        is_far = context.held_bytes > NEAR_BYTES * cores
+        copying = 8.0 / bandwidth if is_far else 0.0
         elementwise = vector * habits.slow(kernel) / (peak * c["vector"])
         copied = moved / habits.bytes_per_operation / (peak * c["vector"])
         dense = alone = 0.0
@@ -183,7 +186,7 @@ class CpuMachine:
             counted = context.share * min(operations / max(known, 1.0), 1.0)
             for one in kernel.products:
                 dense += counted * self._product(kernel, one, rate, peak)
-                dense += counted * self._unpacked(kernel, one) if stored else 0.0
+                alone += counted * self._unpacked(kernel, one, copying) if stored else 0.0
             rest = max(operations - known, 0.0) * context.share / rate
             if habits.attention:
                 alone += rest * habits.attention
@@ -191,8 +194,7 @@ class CpuMachine:
                 dense += rest
         reading = kernel.weight_bytes / habits.weight_bytes_per_s
         farther = 0.0
-        if context.held_bytes > NEAR_BYTES * cores:
-            bandwidth = target.memory_bytes_per_s or self.bytes_per_s or 1.0
+        if is_far:
             far = kernel.weight_bytes / bandwidth * max(cores / SATURATING, 1.0)
             farther = max(far - reading, 0.0)
         if not kernel.dense:
@@ -227,13 +229,15 @@ class CpuMachine:
             gathered = product.m * product.batch * pieces(product) * habits.patch_s
         return operations / rate + gathered
 
-    def _unpacked(self, kernel: Kernel, product: Product) -> float:
-        """Seconds of one core for making floats of weights of a product that are stored small."""
+    def _unpacked(self, kernel: Kernel, product: Product, copying: float) -> float:
+        """Seconds of one core for making floats of weights of a product that are stored small, each
+        of them written and read in memory in ``copying`` seconds."""
         weights = product.n * product.k
         each = kernel.weight_bytes / weights
         if product.batch > 1 or not 0.1 < each < 3.0 or not any(self.habits.unpack_s):
             return 0.0
-        return weights * self.habits.unpack_s[0 if each >= 0.9 else 1]
+        own = self.habits.unpack_s[0 if each >= 0.9 else 1]
+        return weights * (own + copying) if own else 0.0
 
 
 CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "DeformConv")
