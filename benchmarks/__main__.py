@@ -30,6 +30,7 @@ NAMES = (
     "llm",
     "planning",
     "engines",
+    "recipe_pieces",
 )
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results.json"

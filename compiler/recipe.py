@@ -123,7 +123,9 @@ def read(name_or_path: str) -> Recipe:
             raise BadInput("not a text file", about=str(path)) from error
     if "+" in name_or_path:
         parts = [read(part) for part in name_or_path.split("+")]
-        return Recipe(name_or_path, tuple(step for part in parts for step in part.steps))
+        steps = tuple(step for part in parts for step in part.steps)
+        _refuse_twice(steps, "--recipe")
+        return Recipe(name_or_path, steps)
     if name_or_path in TRAINING:
         raise BadInput(
             f"{name_or_path} trains, which no pass does",
@@ -161,7 +163,26 @@ def parse(text: str, *, about: str = "recipe") -> Recipe:
     )
     for step in steps:
         instantiate(step, Context(), about=about)
+    _refuse_twice(steps, about)
     return recipe
+
+
+def _refuse_twice(steps: Iterable[Step], about: str) -> None:
+    """Refuse a pass that would find its work done by an earlier step of it: those that say by which
+    options (``leaving``) they would leave something to a second one."""
+    seen: dict[str, Step] = {}
+    for step in steps:
+        first = seen.setdefault(step.name, step)
+        leaving = getattr(plugins.get("trivium.passes", step.name), "leaving", None)
+        if first is step or leaving is None or set(leaving) & set(first.options):
+            continue
+        shown = [", ".join(f"{k}={v}" for k, v in one.options.items()) for one in (first, step)]
+        raise BadInput(
+            f"{step.name} twice ({shown[0] or 'defaults'}; {shown[1] or 'defaults'}): the second "
+            "would find nothing left to do",
+            about=about,
+            remedy="leave one out",
+        )
 
 
 def instantiate(step: Step, context: Context, *, about: str = "recipe") -> ir.passes.PassBase:

@@ -37,14 +37,20 @@ class Reference:
     engine: str
 
 
-def run_file(path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False) -> Reference:
-    """Run an ``.onnx`` file on every feed; with less memory rather than less time, if ``frugal``.
+def run_file(
+    path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False, fused: bool = False
+) -> Reference:
+    """Run an ``.onnx`` file on every feed.
+
+    Args:
+        frugal: With less memory rather than less time.
+        fused: As an engine would, quantized operators by kernels of integers, not literally.
 
     Raises:
         BackendFailed: Neither engine can run it; the message holds both reasons.
     """
     try:
-        return _run_onnxruntime(path, feeds, frugal=frugal)
+        return _run_onnxruntime(path, feeds, frugal=frugal, fused=fused)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         first = one_line(error)
     try:
@@ -58,9 +64,13 @@ def run_file(path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = F
 
 
 def run_model(
-    model: ir.Model, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False
+    model: ir.Model,
+    feeds: Sequence[Mapping[str, Any]],
+    *,
+    frugal: bool = False,
+    fused: bool = False,
 ) -> Reference:
-    """Run a model that is in memory; its weights go through a temporary file.
+    """Run a model that is in memory, as `run_file`; its weights go through a temporary file.
 
     One that `is_large` runs piece by piece: the memory then holds a piece, and never the model.
     """
@@ -78,7 +88,7 @@ def run_model(
     with tempfile.TemporaryDirectory(prefix="trivium-") as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
-        return run_file(path, feeds, frugal=frugal)
+        return run_file(path, feeds, frugal=frugal, fused=fused)
 
 
 def is_large(model: ir.Model) -> bool:
@@ -89,18 +99,22 @@ def is_large(model: ir.Model) -> bool:
 
 
 def _run_onnxruntime(
-    path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False
+    path: Path, feeds: Sequence[Mapping[str, Any]], *, frugal: bool = False, fused: bool = False
 ) -> Reference:
-    """Run a file; with as little memory as it can be done in rather than time, if ``frugal``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     if frugal:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # Of a quantized product and its bias it would make a Gemm of floats.
+    without = ["MatMulAddFusion"] if fused else []
+    session = ort.InferenceSession(
+        path, options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+    )
     names = [output.name for output in session.get_outputs()]
     outputs = tuple(dict(zip(names, session.run(names, dict(f)), strict=True)) for f in feeds)
     return Reference(outputs, f"onnxruntime {_version()}")

@@ -69,6 +69,7 @@ class QuantizeStatic(Pass):
 
     name: ClassVar[str] = "quantize-static"
     preserves: ClassVar[Preserves] = "lossy"
+    leaving: ClassVar[tuple[str, ...]] = ("op_types", "exclude", "precision")
 
     method: str = option(
         "entropy",

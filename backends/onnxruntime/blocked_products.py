@@ -38,22 +38,23 @@ BITS = {
 
 @dataclass(frozen=True)
 class PackBlockedProducts(NodePass):
-    """Rewrite ``MatMul(x, DequantizeLinear(codes, scale))`` to MatMulNBits.
+    """Rewrite ``MatMul(x, DequantizeLinear(codes, scale))``, or such a Gemm, to MatMulNBits.
 
-    ONNX Runtime does so itself when it loads a model, which then copies all weights; in this form
-    they are mapped from the file. Weights are packed when they are written.
+    ONNX Runtime does so itself with a MatMul when it loads a model, which then copies all weights;
+    in this form they are mapped from the file. The weights of a Gemm it dequantizes at every call.
+    Weights are packed when they are written.
 
-    Left alone: blocks that do not lie along the axis that is summed over, and sizes that the
-    kernel lacks.
+    Left alone: blocks that do not lie along the axis that is summed over, sizes that the kernel
+    lacks, and a Gemm that turns its input or scales an operand.
     """
 
     name: ClassVar[str] = "onnxruntime-pack-blocked-products"
     preserves: ClassVar[Preserves] = "numeric"
 
     def rewrite(self, node: ir.Node) -> bool:
-        if not is_op(node, "MatMul"):
+        if not is_op(node, "MatMul", "Gemm"):
             return False
-        x, restored = node.inputs
+        x, restored = node.inputs[:2]
         dequantize = producer(restored, "DequantizeLinear")
         if dequantize is None or x is None or x.dtype != ir.DataType.FLOAT:
             return False
@@ -64,18 +65,21 @@ class PackBlockedProducts(NodePass):
         if not size or codes is None or scale is None or shape is None or codes.dtype not in BITS:
             return False
         stored = is_constant(codes) and is_constant(scale) and (zero is None or is_constant(zero))
-        if not stored or len(shape) != 2 or attribute(dequantize, "axis", 1) != 0:
+        summed = 1 if attribute(node, "transB", 0) else 0
+        if not stored or len(shape) != 2 or attribute(dequantize, "axis", 1) % 2 != summed:
             return decline(node, "its blocks do not lie along the axis that is summed over")
+        if attribute(node, "transA", 0) or not _is_plain(node):
+            return decline(node, "a Gemm with a turned or scaled operand")
         if size < 16 or size & (size - 1):
             return decline(node, f"blocks of {size}: MatMulNBits has powers of two from 16")
         bits, _ = BITS[codes.dtype]
-        operands = _operands(graph_of(node), codes, scale, zero, size)
+        operands = _operands(graph_of(node), codes, scale, zero, size, summed)
         product = ir.node(
             "MatMulNBits",
             [x, *operands],
             {
-                "K": shape[0],
-                "N": shape[1],
+                "K": shape[summed],
+                "N": shape[1 - summed],
                 "bits": bits,
                 "block_size": size,
                 "accuracy_level": INT8_ACTIVATIONS,
@@ -83,36 +87,48 @@ class PackBlockedProducts(NodePass):
             domain=DOMAIN,
             name=node.name,
         )
-        splice([node, dequantize], product)
+        made = [product]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            value = product.outputs[0]
+            value.dtype, value.shape = x.dtype, node.outputs[0].shape
+            made.append(ir.node("Add", [value, node.inputs[2]], name=f"{node.name}_bias"))
+        splice([node, dequantize], made)
         return True
 
 
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a product adds what it adds as it is."""
+    return node.op_type == "MatMul" or all(
+        attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")
+    )
+
+
 def _operands(
-    graph: ir.Graph, codes: ir.Value, scale: ir.Value, zero: ir.Value | None, size: int
+    graph: ir.Graph, codes: ir.Value, scale: ir.Value, zero: ir.Value | None, size: int, summed: int
 ) -> list[ir.Value]:
     """B, scales and zero points as MatMulNBits wants them; one set for all readers of a weight."""
-    stem = f"{codes.name}_packed"
+    stem = f"{codes.name}_packed" if not summed else f"{codes.name}_turned_packed"
     if stem in graph.initializers:
         made = [graph.initializers[stem], graph.initializers[f"{stem}_scale"]]
         return [*made, graph.initializers[f"{stem}_zero"]] if zero is not None else made
     made = [
-        initializer(graph, _packed(codes.const_value, size), stem),
-        initializer(graph, _turned(scale.const_value), f"{stem}_scale"),
+        initializer(graph, _packed(codes.const_value, size, summed), stem),
+        initializer(graph, _scales(scale.const_value, summed), f"{stem}_scale"),
     ]
     if zero is not None:
-        made.append(initializer(graph, _packed_zeros(zero.const_value), f"{stem}_zero"))
+        made.append(initializer(graph, _packed_zeros(zero.const_value, summed), f"{stem}_zero"))
     return made
 
 
-def _packed(tensor: ir.TensorProtocol | None, size: int) -> ir.TensorProtocol:
-    """Codes [K, N] as unsigned [N, blocks of K, bytes of a block]."""
+def _packed(tensor: ir.TensorProtocol | None, size: int, summed: int) -> ir.TensorProtocol:
+    """Codes [K, N], or [N, K], as unsigned [N, blocks of K, bytes of a block]."""
     assert tensor is not None
-    rows, columns = tensor.shape.numpy()
+    rows, columns = tensor.shape.numpy()[:: -1 if summed else 1]
     bits, _ = BITS[tensor.dtype]
     blocks = -(-rows // size)
 
     def compute() -> ir.TensorProtocol:
-        turned = _unsigned(tensor)
+        turned = _unsigned(tensor, summed)
         missing = blocks * size - rows
         if missing:
             # What stands for zero, or for nothing where zero points say so: x is zero there.
@@ -126,9 +142,11 @@ def _packed(tensor: ir.TensorProtocol | None, size: int) -> ir.TensorProtocol:
     return ir.LazyTensor(compute, ir.DataType.UINT8, shape, cache=False)
 
 
-def _turned(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
-    """Scales [blocks, N] as [N, blocks]."""
+def _scales(tensor: ir.TensorProtocol | None, summed: int) -> ir.TensorProtocol:
+    """Scales [blocks, N], or [N, blocks], as [N, blocks]."""
     assert tensor is not None
+    if summed:
+        return tensor
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().T)),
         ir.DataType.FLOAT,
@@ -137,14 +155,14 @@ def _turned(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
     )
 
 
-def _packed_zeros(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
-    """Zero points [blocks, N] as unsigned [N, bytes of a row of blocks]."""
+def _packed_zeros(tensor: ir.TensorProtocol | None, summed: int) -> ir.TensorProtocol:
+    """Zero points [blocks, N], or [N, blocks], as unsigned [N, bytes of a row of blocks]."""
     assert tensor is not None
-    blocks, columns = tensor.shape.numpy()
+    blocks, columns = tensor.shape.numpy()[:: -1 if summed else 1]
     bits, _ = BITS[tensor.dtype]
 
     def compute() -> ir.TensorProtocol:
-        turned = _unsigned(tensor)
+        turned = _unsigned(tensor, summed)
         if bits == 4:
             turned = np.pad(turned, ((0, 0), (0, blocks % 2)))
             turned = turned[:, 0::2] | (turned[:, 1::2] << np.uint8(4))
@@ -154,14 +172,20 @@ def _packed_zeros(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
     return ir.LazyTensor(compute, ir.DataType.UINT8, shape, cache=False)
 
 
-def _unsigned(tensor: ir.TensorProtocol) -> Array:
-    """Codes [rows, columns] as unsigned bytes [columns, rows]; signed ones with zero in the middle.
+def _unsigned(tensor: ir.TensorProtocol, summed: int) -> Array:
+    """Codes as unsigned bytes, turned unless it is the last axis that is summed over; signed ones
+    with zero in the middle.
 
     Turned a band of columns at a time, which stays within the cache.
     """
     rows, columns = tensor.shape.numpy()
     bits, signed = BITS[tensor.dtype]
     data = np.frombuffer(tensor.tobytes(), np.uint8)
+    if summed:
+        if bits == 4:
+            data = np.stack([data & 0xF, data >> 4], axis=1).reshape(-1)[: rows * columns]
+        middle = np.uint8((1 << (bits - 1)) if signed else 0)
+        return data.reshape(rows, columns) ^ middle
     if bits == 4 and columns % 2:
         flat = np.empty(2 * data.size, np.uint8)
         flat[0::2], flat[1::2] = data & 0xF, data >> 4

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trivium.compiler.cost import Profile, roofline
 from trivium.compiler.machines.cpu import Habits
-from trivium.compiler.passing import is_op
+from trivium.compiler.passing import is_op, producer
 from trivium.compiler.types import Estimate, Target, Workload
 from trivium.compiler.work import is_weight
 from trivium.targets import calibrations
@@ -28,19 +28,40 @@ KEEPING = (*ACTIVATIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "Concat"
 """What leaves the blocked layout of a convolution's result as it is."""
 
 
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+
+INTEGERS = (
+    *PRODUCTS,
+    *("Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax", "Concat", "AveragePool"),
+    *("GlobalAveragePool", "MaxPool", "Transpose", "Slice", "Gather", "Split"),
+)
+"""What has a kernel of integers, where the operands are dequantized and the result quantized."""
+
+
 def melts(node: ir.Node) -> bool:
     """What ONNX Runtime fuses: activations and sums into convolutions and Gemm, a bias into a
-    product, a sum into the normalization that reads it. Everything else is a kernel."""
-    if is_op(node, "QuantizeLinear", "BatchNormalization"):
+    product, a sum into the normalization that reads it; quantization into what has a kernel of
+    integers, scales into a product of integers. Everything else is a kernel."""
+    if is_op(node, "BatchNormalization"):
+        return True
+    if is_op(node, "QuantizeLinear"):
+        return _is_integer(_before_activation(node))
+    if _scales_integers(node):
         return True
     if is_op(node, "LayerNormalization"):
         return _adds_two(_maker(node, 0))
     if is_op(node, "Add"):
-        return _adds_bias(node) or (_adds_two(node) and all(map(_is_blocked, node.inputs)))
+        return _fuses_bias(node) or (_adds_two(node) and all(map(_is_blocked, node.inputs)))
     maker = _maker(node, 0)
+    if is_op(node, "Gelu"):
+        return maker is not None and _adds_bias(maker) and not melts(maker)
     if maker is None or not is_op(node, *ACTIVATIONS):
         return False
-    return is_op(maker, "Conv", "Gemm") or (is_op(maker, "Add") and melts(maker))
+    if is_op(maker, "Conv", "Gemm"):
+        return True
+    if not is_op(maker, "Add") or _scales_integers(maker):
+        return False
+    return melts(maker) or _is_integer(maker)
 
 
 def _maker(node: ir.Node, index: int) -> ir.Node | None:
@@ -58,6 +79,35 @@ def _adds_two(node: ir.Node | None) -> bool:
 def _adds_bias(node: ir.Node) -> bool:
     makers = (_maker(node, 0), _maker(node, 1))
     return not _adds_two(node) and any(one is not None and is_op(one, "MatMul") for one in makers)
+
+
+def _fuses_bias(node: ir.Node) -> bool:
+    """Whether a bias becomes part of the product before it: products of integers take none."""
+    makers = (_maker(node, 0), _maker(node, 1))
+    return _adds_bias(node) and not any(map(_is_integer, makers))
+
+
+def _is_integer(node: ir.Node | None) -> bool:
+    """Whether all that is computed on is dequantized, and there is a kernel that leaves it so."""
+    if node is None or not is_op(node, *INTEGERS):
+        return False
+    operands = node.inputs[:2] if is_op(node, *PRODUCTS) else node.inputs
+    return all(producer(value, "DequantizeLinear") for value in operands)
+
+
+def _before_activation(node: ir.Node) -> ir.Node | None:
+    """What makes the input of a node, an activation left out that integers are cut to range for."""
+    maker = _maker(node, 0)
+    return _maker(maker, 0) if maker is not None and is_op(maker, "Relu", "Clip") else maker
+
+
+def _scales_integers(node: ir.Node) -> bool:
+    """Whether a node is of those that turn a product of integers into floats: all one kernel."""
+    before = {"Cast": "MatMulInteger", "Mul": "Cast", "Add": "Mul"}.get(node.op_type)
+    for maker in (_maker(node, 0), _maker(node, 1) if len(node.inputs) > 1 else None):
+        if before is not None and maker is not None and is_op(maker, before):
+            return before == "MatMulInteger" or _scales_integers(maker)
+    return False
 
 
 def _is_blocked(value: ir.Value | None) -> bool:
@@ -104,6 +154,7 @@ HABITS = Habits(
     grain=1.5e5,
     kernel_wake_s=2.2e-6,
     weight_bytes_per_s=150e9,
+    reach={"int8": 3.2},
     nodes=_nodes,
     slow=_slow,
     stall=_stall,

@@ -18,10 +18,22 @@ from trivium.targets.host import with_bandwidth
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from trivium.compiler.kernels import Kernel
+    from trivium.compiler.work import Product
+
 
 def melts(node: ir.Node) -> bool:
     """Elementwise operators fuse into the kernel before them."""
     return is_op(node, *ELEMENTWISE)
+
+
+INTEGER = 4.5
+"""Operations on int8 in the time of one on float32."""
+
+
+def _stall(kernel: Kernel, product: Product) -> float:
+    """A product of integers that the model spells out is made of floats, converted at each call."""
+    return 2.0 * INTEGER if kernel.op_types[0] in ("MatMulInteger", "ConvInteger") else 1.0
 
 
 HABITS = Habits(
@@ -31,6 +43,9 @@ HABITS = Habits(
     bytes_per_operation=1.7,
     grain=6e4,
     kernel_wake_s=1e-6,
+    reach={"int8": INTEGER, "bfloat16": 3.3},
+    unpack_s=(3.3e-10, 0.0),
+    stall=_stall,
 )
 
 

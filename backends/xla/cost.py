@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from trivium.compiler.kernels import Kernel
+    from trivium.compiler.work import Product
 
 MELTING = (*ELEMENTWISE, "Transpose", "Slice", "Pad", "Expand", "Concat", "Split", "Gather")
 
@@ -61,6 +62,11 @@ def _slow(kernel: Kernel) -> float:
     return 2.0 if REDUCING & set(kernel.op_types) else 1.0
 
 
+def _stall(kernel: Kernel, product: Product) -> float:
+    """A product of integers is several of floats, of few terms each."""
+    return 1.4 if kernel.op_types[0] == "MatMulInteger" else 1.0
+
+
 HABITS = Habits(
     pads=False,
     depthwise=1.1,
@@ -71,8 +77,10 @@ HABITS = Habits(
     packs=True,
     patch_s=8.6e-9,
     attention=2.1,
+    unpack_s=(2.5e-10, 1.7e-9),
     nodes=_nodes,
     slow=_slow,
+    stall=_stall,
 )
 """On CPUs."""
 

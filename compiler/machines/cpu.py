@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from trivium.compiler.calibration import Calibration
 from trivium.compiler.kernels import Kernel
@@ -56,9 +56,6 @@ NEAR_BYTES = 2.0 * 2**20
 """A core's own cache: 1 to 2 MiB on today's servers. Models that are larger find their weights
 farther away at every call."""
 
-INTEGER = 0.5
-"""Of the share that products of floats reach of their peak, what those of int8 reach of theirs."""
-
 STEEP = 2.0
 """How suddenly kernels become worth another core as they grow."""
 
@@ -91,6 +88,10 @@ class Habits:
             made products that way.
         attention: Times that an attention's products take one core, of what others would; 0
             where they are as others.
+        reach: Operations on a dtype in the time of one on float32, at most, whatever the machine's
+            peaks are: engines leave its matrix unit idle, or cannot keep it fed.
+        unpack_s: Seconds of one core for making a float32 of a weight that is stored in one byte or
+            two, and in less, where that is done at every call.
         nodes: How many nodes the engine makes of a kernel.
         slow: How many times an operation its elementwise work takes.
         stall: How many times the operations of a product its loops take.
@@ -107,6 +108,8 @@ class Habits:
     packs: bool = False
     patch_s: float = 0.0
     attention: float = 0.0
+    reach: Mapping[str, float] = field(default_factory=lambda: {"int8": 4.0, "bfloat16": 4.0})
+    unpack_s: tuple[float, float] = (0.0, 0.0)
     nodes: Callable[[Kernel], float] = _once
     slow: Callable[[Kernel], float] = _once
     stall: Callable[[Kernel, Product], float] = _full
@@ -172,11 +175,15 @@ class CpuMachine:
                 return None
             known = sum(one.operations for one in kernel.products)
             part = "conv" if kernel.op_types[0] in CONVOLUTIONS else "dense"
-            rate = target.peak_ops[name] / cores * c[part] / slower
-            rate *= INTEGER if name == "int8" else 1.0
+            rate = target.peak_ops[name] / cores
+            if name in habits.reach:
+                rate = min(rate, habits.reach[name] * peak)
+            rate *= c[part] / slower
+            stored = name != dtype or name == "float32"
             counted = context.share * min(operations / max(known, 1.0), 1.0)
             for one in kernel.products:
                 dense += counted * self._product(kernel, one, rate, peak)
+                dense += counted * self._unpacked(kernel, one) if stored else 0.0
             rest = max(operations - known, 0.0) * context.share / rate
             if habits.attention:
                 alone += rest * habits.attention
@@ -219,6 +226,14 @@ class CpuMachine:
         if habits.patch_s and product.taps > 1:
             gathered = product.m * product.batch * pieces(product) * habits.patch_s
         return operations / rate + gathered
+
+    def _unpacked(self, kernel: Kernel, product: Product) -> float:
+        """Seconds of one core for making floats of weights of a product that are stored small."""
+        weights = product.n * product.k
+        each = kernel.weight_bytes / weights
+        if product.batch > 1 or not 0.1 < each < 3.0 or not any(self.habits.unpack_s):
+            return 0.0
+        return weights * self.habits.unpack_s[0 if each >= 0.9 else 1]
 
 
 CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "DeformConv")

@@ -51,7 +51,7 @@ def least_error(
 
 
 def _outputs(model: ir.Model, feeds: list[Tensors]) -> tuple[Mapping[str, Any], ...]:
-    found = run_model(model, feeds, frugal=True).outputs
+    found = run_model(model, feeds, frugal=True, fused=True).outputs
     trim()
     return found
 

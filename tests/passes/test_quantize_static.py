@@ -343,3 +343,22 @@ def test_auto_takes_data_that_can_be_read_only_once() -> None:
     )
     feeds = iter([{"x": np.ones((1, 16), np.float32)}, {"x": np.zeros((1, 16), np.float32)}])
     assert QuantizeStatic(method="auto", calibration=feeds)(made).modified
+
+
+def test_a_chain_that_quantizes_all_twice_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"quantize-static twice \(.*float8e4m3fn.*method=entropy"):
+        recipe.read("fp8+int8-entropy")
+
+
+def test_a_chain_that_leaves_something_to_the_second_is_not() -> None:
+    text = """
+        [[pass]]
+        name = "quantize-static"
+        op_types = ["Conv"]
+        [[pass]]
+        name = "quantize-static"
+        activation = "float8e4m3fn"
+        method = "minmax"
+    """
+    assert len(recipe.parse(text).steps) == 2
+    assert len(recipe.read("prune-2:4+int8").steps) > 2

@@ -1,8 +1,9 @@
-"""Window operators that XLA's CPU has no fast kernel for, made of what it is fast at.
+"""Operators that XLA's CPU has no fast kernel for, made of what it is fast at.
 
 It has one for a plain convolution (Eigen's, channels last). A grouped one and a pooling window go
 through a general loop: a depthwise 3x3 over 16 channels of 120x120 took 11.9 ms that way and takes
-0.16 ms as nine shifted products (`benchmarks/xla_cpu.py` measures the models).
+0.16 ms as nine shifted products (`benchmarks/xla_cpu.py` measures the models). A product of
+integers is a plain loop there, one of floats a library's: int8 took four times as long as float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from trivium.backends.xla.lowering.dimensions import is_symbolic
 from trivium.backends.xla.lowering.lazy import jnp, lax
 
 Padding = Sequence[tuple[int, int]]
+
+_EXACT, _MOST_SUMS = 256, 32
+"""Terms that a sum of products of centred 8-bit numbers may have in float32, which holds 255 * 255
+so often without rounding; and how many such sums a product may be made of."""
 
 _MOST_TAPS = 64
 """Window positions up to which each is an operation of its own."""
@@ -139,3 +144,19 @@ def _shifted(
 
 def _channels_second(y: Any) -> Any:
     return jnp.moveaxis(y, -1, 1)
+
+
+def integer_matmul(a: Any, b: Any) -> Any | None:
+    """The int32 product of 8-bit integers less their zero points, to the last bit: by products of
+    floats, each of so few terms that nothing is rounded. None where it would be too many."""
+    if a.ndim < 2 or b.ndim < 2 or is_symbolic(a.shape[-1]):
+        return None
+    terms = a.shape[-1]
+    if not 0 < terms <= _EXACT * _MOST_SUMS:
+        return None
+    a, b = a.astype("float32"), b.astype("float32")
+    parts = []
+    for begin in range(0, terms, _EXACT):
+        part = slice(begin, begin + _EXACT)
+        parts.append(jnp.matmul(a[..., part], b[..., part, :]).astype("int32"))
+    return reduce(lax.add, parts)

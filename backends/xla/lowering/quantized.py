@@ -2,7 +2,7 @@
 floats: legalization while tracing, kept apart from the handlers.
 
 - Both operands quantized: the integers themselves are multiplied, accumulated in int32, and the
-  scales are applied to the result: ``(a - za) sa @ (b - zb) sb``.
+  scales are applied to the result: ``(a - za) sa @ (b - zb) sb``. Not in a program for CPUs only.
 - Only the weights quantized: they stay packed until inside the product, which is scaled by
   channel or by block afterwards.
 
@@ -79,6 +79,9 @@ def integer_product(op: Op) -> Any | None:
         return None
     left, right = (_quantized(op, value) for value in op.node.inputs[:2])
     if right is None:
+        return None
+    if left is not None and op.frame.platform == "cpu":
+        # XLA has plain loops for products of integers there: four times what floats take.
         return None
     return lower(op, left, right)
 

@@ -52,3 +52,46 @@ def test_packed_products_compute_the_same(
     want, have = (run(tmp_path / f"{name}.onnx", {"x": x}) for name in ("plain", "packed"))
     # The kernel rounds x to int8 in blocks.
     assert np.sqrt(np.mean((want - have) ** 2)) < 0.02 * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 33), (160, 20)])
+def test_a_gemm_is_packed_as_well(
+    rows: int, columns: int, biased: bool, turned: bool, symmetric: bool, bits: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(rows)
+    shape = (columns, rows) if turned else (rows, columns)
+    w = ir.tensor(rng.standard_normal(shape).astype(np.float32), name="w")
+    c = ir.tensor(rng.standard_normal(columns).astype(np.float32), name="c")
+    weights = [ir.val(one.name, const_value=one) for one in (w, c)[: 2 if biased else 1]]
+    x = ir.val("x", ir.DataType.FLOAT, [5, rows])
+    node = ir.node("Gemm", [x, *weights], {"transB": int(turned)})
+    y = node.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape([5, columns])
+    graph = ir.Graph([x], [y], nodes=[node], initializers=weights, opset_imports={"": 24}, name="g")
+    model = ir.Model(graph, ir_version=11)
+    QuantizeWeights(bits=bits, block_size=32, symmetric=symmetric, min_elements=1)(model)
+    models.save(model, tmp_path / "plain.onnx")
+    assert PackBlockedProducts()(model).modified
+    expected = ["MatMulNBits", "Add"] if biased else ["MatMulNBits"]
+    assert [one.op_type for one in model.graph] == expected
+    models.save(model, tmp_path / "packed.onnx")
+    feed = {"x": rng.standard_normal((5, rows)).astype(np.float32)}
+    want, have = (run(tmp_path / f"{name}.onnx", feed) for name in ("plain", "packed"))
+    assert np.sqrt(np.mean((want - have) ** 2)) < 0.02 * np.sqrt(np.mean(want**2))
+
+
+def test_a_scaled_gemm_is_left_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    w = ir.val("w", const_value=ir.tensor(rng.standard_normal((64, 32)).astype(np.float32)))
+    x = ir.val("x", ir.DataType.FLOAT, [5, 64])
+    node = ir.node("Gemm", [x, w], {"alpha": 0.5})
+    y = node.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape([5, 32])
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 24}, name="g")
+    model = ir.Model(graph, ir_version=11)
+    QuantizeWeights(bits=4, block_size=32, min_elements=1)(model)
+    assert not PackBlockedProducts()(model).modified

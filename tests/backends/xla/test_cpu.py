@@ -173,3 +173,45 @@ def test_int8_filters_are_packed_through_their_dequantization() -> None:
     suited = lower(model, platform="cpu", pack=True)
     assert set(suited.packed) == {"w"}
     np.testing.assert_allclose(run(suited, x), run(lower(model), x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", [7, 256, 1000])
+@pytest.mark.parametrize("zero", [None, 3, 255])
+def test_products_of_integers_agree_to_the_last_bit(terms: int, zero: int | None) -> None:
+    generator = np.random.default_rng(terms)
+    x = generator.integers(200, 256, (3, 5, terms)).astype(np.uint8)
+    w = generator.integers(-128, -90, (terms, 6)).astype(np.int8)
+    zeros = [] if zero is None else [np.array(zero, np.uint8)]
+    model = one_node("MatMulInteger", x, w, *zeros)
+    lowered = lower(model, platform="cpu")
+    have = run(lowered, x)
+    want = np.matmul(x.astype(np.int64) - (zero or 0), w.astype(np.int64))
+    assert have.dtype == np.int32
+    np.testing.assert_array_equal(have, want)
+    with precise():
+        text = jax.jit(lowered.function).lower(lowered.read(), {"x": x}).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == -(-terms // 256)
+    assert all("xf32>" in line for line in products)
+
+
+def test_quantized_products_are_computed_on_floats() -> None:
+    x = ir.val("x", ir.DataType.INT8, [4, 8])
+    scale = ir.val("s", const_value=ir.tensor(np.float32(0.5), name="s"))
+    w = ir.val("w", const_value=ir.tensor(np.arange(48, dtype=np.int8).reshape(8, 6), name="w"))
+    read, weight = (ir.node("DequantizeLinear", [value, scale]) for value in (x, w))
+    node = ir.node("MatMul", [read.outputs[0], weight.outputs[0]])
+    y = node.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape([4, 6])
+    graph = ir.Graph(
+        [x], [y], nodes=[read, weight, node], initializers=[scale, w],
+        opset_imports={"": 21}, name="g",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    feed = np.arange(-16, 16, dtype=np.int8).reshape(4, 8)
+    want = (feed * 0.5) @ (np.arange(48).reshape(8, 6) * 0.5)
+    for lowered, kind in ((lower(model, platform="cpu"), "xf32>"), (lower(model), "xi32>")):
+        np.testing.assert_array_equal(run(lowered, feed), want)
+        with precise():
+            text = jax.jit(lowered.function).lower(lowered.read(), {"x": feed}).as_text()
+        assert [kind in line for line in text.splitlines() if "dot_general" in line] == [True]

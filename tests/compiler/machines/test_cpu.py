@@ -121,3 +121,37 @@ def test_a_window_is_gathered_by_its_rows() -> None:
     assert cpu.pieces(Product(784, 8, 25, taps=25)) == 5
     assert cpu.pieces(Product(100, 8, 64 * 9, taps=9)) == 36
     assert cpu.pieces(Product(100, 8, 16 * 9, taps=9)) == 9
+
+
+def test_an_engine_reaches_what_its_habits_say_of_a_matrix_unit() -> None:
+    still = Calibration({**cpu.START, "wake_s": 0.0, "node_s": 0.0})
+    fed = replace(TARGET, peak_ops={"float32": PEAK, "int8": 64 * PEAK})
+    one = kernel(Product(512, 512, 512), dtype="int8")
+    float32 = kernel(Product(512, 512, 512))
+    for reach, gain in ((3.0, 3.0), (100.0, 64.0)):
+        machine = cpu.CpuMachine(still, cpu.Habits(reach={"int8": reach}, grain=1.0))
+        (slow, quick), _ = machine.time([float32, one], fed, Context())
+        assert slow is not None
+        assert quick is not None
+        assert slow.compute / quick.compute == pytest.approx(gain, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("bytes_each", "dtype", "extra"),
+    [(1.0, "float16", 2e-10), (2.0, "float16", 2e-10), (0.53, "float32", 1e-9),
+     (4.0, "float32", 0.0), (1.0, "int8", 0.0)],
+)  # fmt: skip
+def test_weights_that_are_made_floats_at_every_call_cost(
+    bytes_each: float, dtype: str, extra: float
+) -> None:
+    alone = replace(TARGET, units=1)
+    context = Context(dtypes={"float16": ("float32",)})
+    product = Product(64, 256, 256)
+    one = replace(kernel(product, dtype=dtype), weight_bytes=bytes_each * 256 * 256)
+    habits = cpu.Habits(unpack_s=(2e-10, 1e-9))
+    times = []
+    for habit in (habits, replace(habits, unpack_s=(0.0, 0.0))):
+        (time,), _ = replace(MACHINE, habits=habit).time([one], alone, context)
+        assert time is not None
+        times.append(time.compute)
+    assert times[0] - times[1] == pytest.approx(extra * 256 * 256)

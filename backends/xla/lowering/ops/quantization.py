@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from trivium.backends.xla.lowering.cpu import integer_matmul
 from trivium.backends.xla.lowering.dtypes import is_float, is_integer, numpy_dtype
 from trivium.backends.xla.lowering.lazy import jnp, lax
 from trivium.backends.xla.lowering.ops.casting import convert
@@ -99,9 +100,15 @@ def centred(x: Any, zero: Any, axis: int) -> Any:
 
 @handles("MatMulInteger", since=10)
 def matmul_integer(op: Op, a: Any, b: Any, a_zero: Any = None, b_zero: Any = None) -> Any:
-    return jnp.matmul(
-        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
-    )
+    return _integer_product(op, centred(a, a_zero, -1), centred(b, b_zero, -2))
+
+
+def _integer_product(op: Op, a: Any, b: Any) -> Any:
+    if op.frame.platform == "cpu":
+        exact = integer_matmul(a, b)
+        if exact is not None:
+            return exact
+    return jnp.matmul(a, b, preferred_element_type="int32")
 
 
 @handles("QLinearMatMul", since=10)
@@ -109,9 +116,7 @@ def qlinear_matmul(
     op: Op, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any, b_zero: Any, y_scale: Any,
     y_zero: Any,
 ) -> Any:  # fmt: skip
-    total = jnp.matmul(
-        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
-    )
+    total = _integer_product(op, centred(a, a_zero, -1), centred(b, b_zero, -2))
     left = jnp.asarray(a_scale).astype("float32")
     left = left[..., None] if left.ndim and left.size > 1 else left
     factor = left * jnp.asarray(b_scale).astype("float32") / jnp.asarray(y_scale).astype("float32")
