@@ -34,8 +34,10 @@ STAGES = tuple(f"layer{stage}.{block}.relu2" for stage in (1, 2, 3) for block in
 LAYERS = tuple(f"layer.{index}.mlp.LayerNormalization" for index in range(6))
 TOKENS = 64
 
-STEPS = int(os.environ.get("TRIVIUM_BENCH_STEPS", "240"))
-"""Updates of each training of a pruned model."""
+
+def _steps(usual: int) -> int:
+    """Updates of a training of a pruned model."""
+    return int(os.environ.get("TRIVIUM_BENCH_STEPS", usual))
 
 
 def rows() -> list[Row]:
@@ -170,13 +172,13 @@ def encoder(folder: Path, pieces: Pieces) -> list[Row]:
     made = []
     half = {"operations": 0.5, "rank": "activation"}
     # Few products keep their width in a half, and their sums are all that could be refitted.
-    refit = {"refit": True, "freeze": ("embeddings.*",), "validation": 0.02}
-    for what, steps, texts, options in (
-        ("2:4", [("prune-sparsegpt", {"m": 4})], 4096, refit),
-        ("half of the operations", [("prune-structured", half)], 1024, {}),
+    refit = {"refit": True, "rate": 1.5e-4}
+    for what, steps, options in (
+        ("2:4", [("prune-sparsegpt", {"m": 4})], refit),
+        ("half of the operations", [("prune-structured", half)], {"rate": 3e-4}),
     ):
         name = f"MiniLM, {what}"
-        figures = _piece(pieces, name, partial(_encoder, name, steps, texts, options, folder))
+        figures = _piece(pieces, name, partial(_encoder, name, steps, options, folder))
         if not figures:
             continue
         cosine, pruned = (float(np.ravel(figures[key])[0]) for key in ("cosine", "pruned"))
@@ -192,12 +194,11 @@ def encoder(folder: Path, pieces: Pieces) -> list[Row]:
 def _encoder(
     name: str,
     steps: Sequence[tuple[str, dict[str, Any]]],
-    texts: int,
     options: dict[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
     source = workloads.minilm(folder)
-    feeds = workloads.sentences(folder, texts, TOKENS)
+    feeds = workloads.sentences(folder, 4096, TOKENS)
     if source is None or feeds is None:
         return {}
     arrays = dict(np.load(feeds))
@@ -205,8 +206,8 @@ def _encoder(
     held = {name: array[-128:] for name, array in arrays.items()}
     pruned = _pruned(source, steps, first(data, 256), folder)
     model, figures = _tune(
-        name, source, data, steps, steps=STEPS, batch=8, rate=3e-4, hidden=LAYERS,
-        hidden_weight=0.3, evaluations=6, patience=0, **options,
+        name, source, data, steps, steps=_steps(2400), batch=8, hidden=LAYERS, hidden_weight=0.3,
+        evaluations=20, patience=0, freeze=("embeddings.*",), validation=0.02, **options,
     )  # fmt: skip
     small = _saved(model, folder / "encoder.onnx")
     return {
@@ -256,14 +257,14 @@ def network(folder: Path, pieces: Pieces) -> list[Row]:
         ("prune-structured", channels),
     ]
     ends = STAGES[4::5]
-    for what, passes, rate, hidden, refit in (
-        ("2:4", [("prune-sparsegpt", {"m": 4})], 2e-4, STAGES, False),
-        ("half of the operations, 7 blocks and channels", both, 3e-4, ends, True),
+    for what, passes, rate, hidden, updates in (
+        ("2:4", [("prune-sparsegpt", {"m": 4})], 1e-4, STAGES, 4000),
+        ("half of the operations, 7 blocks and channels", both, 3e-4, ends, 700),
     ):
         name = f"ResNet-32, {what}"
         halves = [
             _piece(pieces, f"{name}, half {half}", partial(
-                _network, f"{name}, half {half}", passes, rate, hidden, refit, half, folder))
+                _network, f"{name}, half {half}", passes, rate, hidden, updates, half, folder))
             for half in (0, 1)
         ]  # fmt: skip
         found = [half for half in halves if half]
@@ -309,7 +310,7 @@ def _network(
     passes: Sequence[tuple[str, dict[str, Any]]],
     rate: float,
     hidden: Sequence[str],
-    refit: bool,
+    updates: int,
     half: int,
     folder: Path,
 ) -> dict[str, Any]:
@@ -323,9 +324,9 @@ def _network(
     data = {"input": images[own]}
     pruned = _pruned(source, passes, data, folder)
     model, figures = _tune(
-        name, source, data, passes, steps=STEPS, batch=32, rate=rate, optimizer="adam",
-        hidden=tuple(hidden), hidden_weight=0.2, evaluations=6, patience=0,
-        augment=("flip", "shift", "mix", "paste"), refit=refit,
+        name, source, data, passes, steps=_steps(updates), batch=32, rate=rate, optimizer="adam",
+        hidden=tuple(hidden), hidden_weight=0.2, evaluations=20, patience=0,
+        augment=("flip", "shift", "mix", "paste"), refit=True,
     )  # fmt: skip
     small = _saved(model, folder / "network.onnx")
     return {

@@ -8,7 +8,7 @@ for good, ends the run there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,10 @@ from trivium.backends.xla.training.twin import Parameters, Twin
 
 FAR = 4.0
 """How many times its first value (or its first value and one) a held-out loss may become."""
+
+FEW = 256
+"""Held-out samples below which they are also looked at changed, where training changes samples: of
+a few dozen, the loss is noise, and the best of many looks would be the luckiest."""
 
 Feeds = dict[str, Any]
 
@@ -178,10 +182,13 @@ class Trainer:
 
     def _batch(self, update: int) -> Feeds:
         batch: Feeds = self.train.batch(update, self.settings.batch, self.settings.seed)
+        return self._changed(np.random.default_rng([self.settings.seed, 3, update]), batch)
+
+    def _changed(self, rng: np.random.Generator, batch: Feeds) -> Feeds:
+        """A batch as training varies it."""
         chosen = self.settings.augment
         if not chosen:
             return batch
-        rng = np.random.default_rng([self.settings.seed, 3, update])
         fixed = self.train.fixed_batch
         if fixed:
             batch = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
@@ -234,18 +241,17 @@ class Trainer:
         return loss, self.objective.score(student, teacher, batch)
 
     def _look(self, look: Any, state: _State, step: int, train_loss: float | None) -> Look:
-        size = min(self.settings.batch, self.held_out.count)
         losses, scores, counts = [], [], []
-        for begin in range(0, self.held_out.count, size):
-            batch = self.held_out.take(slice(begin, begin + size))
+        for batch in self._held_out():
             loss, score = look(state.parameters, state.masks, batch)
             losses.append(float(loss))
             scores.append(float(score))
             counts.append(len(next(iter(batch.values()))))
+        plain = len(range(0, self.held_out.count, self._look_size))
         seen = Look(
             step,
             float(np.average(losses, weights=counts)),
-            float(np.average(scores, weights=counts)),
+            float(np.average(scores[:plain], weights=counts[:plain])),
             train_loss,
         )
         state.history.append(seen)
@@ -255,6 +261,20 @@ class Trainer:
             state.best_look, state.best_masks = seen, state.masks
             state.best = jax.tree.map(jnp.copy, state.parameters)
         return seen
+
+    @property
+    def _look_size(self) -> int:
+        return min(self.settings.batch, self.held_out.count)
+
+    def _held_out(self) -> Iterator[Feeds]:
+        """The held-out samples in batches; few of them also changed, alike at every look."""
+        count, size = self.held_out.count, self._look_size
+        rounds = -(-FEW // count) if self.settings.augment else 1
+        for turn in range(max(1, rounds)):
+            for begin in range(0, count, size):
+                batch = self.held_out.take(slice(begin, begin + size))
+                rng = np.random.default_rng([self.settings.seed, 4, turn, begin])
+                yield self._changed(rng, batch) if turn else batch
 
     def _verdict(self, state: _State) -> tuple[str, str]:
         first, last = state.history[0], state.history[-1]
