@@ -52,11 +52,11 @@ def _measured(engine: str) -> dict[str, dict[str, float]]:
 
     from trivium.compiler import compare
     from trivium.compiler import rows as shown
-    from trivium.compiler.microbenchmarks import MICROBENCHMARKS, _Graph
+    from trivium.compiler.microbenchmarks import MICROBENCHMARKS, Builder
 
     more = {
-        "linear 128x384x384": lambda: _Graph((128, 384)).linear(384, 384).linear(384, 384),
-        "linear 128x384x1536": lambda: _Graph((128, 384)).linear(384, 1536).linear(1536, 384),
+        "linear 128x384x384": lambda: Builder((128, 384)).linear(384, 384).linear(384, 384),
+        "linear 128x384x1536": lambda: Builder((128, 384)).linear(384, 1536).linear(1536, 384),
     }
     made: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ FLOAT = TensorProto.FLOAT
 
 
 @dataclass
-class _Graph:
+class Builder:
     """A graph under construction, with seeded weights; ``last`` is the value that grows."""
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class _Graph:
         self.random = np.random.default_rng(0)
         self.last = "x"
 
-    def op(self, kind: str, *more: str, **attributes: Any) -> _Graph:
+    def op(self, kind: str, *more: str, **attributes: Any) -> Builder:
         name = f"v{len(self.nodes)}"
         self.nodes.append(oh.make_node(kind, [self.last, *more], [name], **attributes))
         self.last = name
@@ -48,10 +48,10 @@ class _Graph:
         self.weights.append(nh.from_array(np.asarray(values), name))
         return name
 
-    def linear(self, inputs: int, outputs: int) -> _Graph:
+    def linear(self, inputs: int, outputs: int) -> Builder:
         return self.op("MatMul", self.weight(inputs, outputs)).op("Add", self.weight(outputs))
 
-    def normalized(self, width: int) -> _Graph:
+    def normalized(self, width: int) -> Builder:
         return self.op("LayerNormalization", self.weight(width), self.weight(width))
 
     def conv(
@@ -63,7 +63,7 @@ class _Graph:
         groups: int = 1,
         dilation: int = 1,
         relu: bool = True,
-    ) -> _Graph:
+    ) -> Builder:
         """A convolution with a bias that keeps the size, but for the stride."""
         rank = len(window)
         self.op(
@@ -85,39 +85,39 @@ class _Graph:
         return onnx.shape_inference.infer_shapes(proto)
 
 
-def _each(kind: str, *shape: int) -> _Graph:
-    return _Graph(shape).op(kind)
+def _each(kind: str, *shape: int) -> Builder:
+    return Builder(shape).op(kind)
 
 
-def _chain(steps: int) -> _Graph:
-    graph = _Graph((4, 8))
+def _chain(steps: int) -> Builder:
+    graph = Builder((4, 8))
     for _ in range(steps):
         graph.op("MatMul", graph.weight(8, 8))
     return graph
 
 
-def _product(m: int, k: int, n: int, times: int = 1) -> _Graph:
-    graph = _Graph((m, k))
+def _product(m: int, k: int, n: int, times: int = 1) -> Builder:
+    graph = Builder((m, k))
     for index in range(times):
         graph.op("MatMul", graph.weight(k, n) if index % 2 == 0 else graph.weight(n, k))
     return graph
 
 
-def _perceptron(rows: int, *widths: int) -> _Graph:
-    graph = _Graph((rows, widths[0]))
+def _perceptron(rows: int, *widths: int) -> Builder:
+    graph = Builder((rows, widths[0]))
     for inputs, outputs in pairwise(widths):
         graph.op("Gemm", graph.weight(inputs, outputs), graph.weight(outputs)).op("Relu")
     return graph
 
 
-def _attention(heads: int, length: int, head: int) -> _Graph:
-    graph = _Graph((1, length, heads * head))
+def _attention(heads: int, length: int, head: int) -> Builder:
+    graph = Builder((1, length, heads * head))
     return graph.op("Attention", "x", "x", q_num_heads=heads, kv_num_heads=heads)
 
 
-def _encoder(length: int, width: int, heads: int) -> _Graph:
+def _encoder(length: int, width: int, heads: int) -> Builder:
     """A layer of a transformer."""
-    graph = _Graph((1, length, width))
+    graph = Builder((1, length, width))
     projected = []
     for _ in range(3):
         graph.last = "x"
@@ -129,15 +129,15 @@ def _encoder(length: int, width: int, heads: int) -> _Graph:
     return graph.op("Add", inner).normalized(width)
 
 
-def _convolutions(channels: int, size: int, times: int) -> _Graph:
-    graph = _Graph((1, channels, size, size))
+def _convolutions(channels: int, size: int, times: int) -> Builder:
+    graph = Builder((1, channels, size, size))
     for _ in range(times):
         graph.conv(channels, channels, 3, 3)
     return graph
 
 
-def _residual(channels: int, size: int, times: int) -> _Graph:
-    graph = _Graph((1, channels, size, size))
+def _residual(channels: int, size: int, times: int) -> Builder:
+    graph = Builder((1, channels, size, size))
     for _ in range(times):
         kept = graph.last
         graph.conv(channels, channels, 3, 3).conv(channels, channels, 3, 3, relu=False)
@@ -145,28 +145,28 @@ def _residual(channels: int, size: int, times: int) -> _Graph:
     return graph
 
 
-def _narrowing(channels: int, size: int) -> _Graph:
-    graph = _Graph((1, channels, size, size)).conv(channels, 2 * channels, 3, 3, stride=2)
+def _narrowing(channels: int, size: int) -> Builder:
+    graph = Builder((1, channels, size, size)).conv(channels, 2 * channels, 3, 3, stride=2)
     graph.conv(2 * channels, 2 * channels, 3, 3)
     return graph.conv(2 * channels, 4 * channels, 3, 3, stride=2)
 
 
-def _separable(channels: int, height: int, width: int, times: int) -> _Graph:
-    graph = _Graph((1, channels, height, width))
+def _separable(channels: int, height: int, width: int, times: int) -> Builder:
+    graph = Builder((1, channels, height, width))
     for _ in range(times):
         graph.conv(channels, channels, 3, 3, groups=channels).conv(channels, channels, 1, 1)
     return graph
 
 
-def _mobile(channels: int, height: int, width: int) -> _Graph:
-    graph, wide = _Graph((1, channels, height, width)), 2 * channels
+def _mobile(channels: int, height: int, width: int) -> Builder:
+    graph, wide = Builder((1, channels, height, width)), 2 * channels
     graph.conv(channels, channels, 3, 3, stride=2, groups=channels).conv(channels, wide, 1, 1)
     return graph.conv(wide, wide, 3, 3, groups=wide).conv(wide, wide, 1, 1)
 
 
-def _branches(channels: int, height: int, width: int) -> _Graph:
+def _branches(channels: int, height: int, width: int) -> Builder:
     """Windows of three sizes side by side."""
-    graph = _Graph((1, channels, height, width))
+    graph = Builder((1, channels, height, width))
     ends = []
     for dilation in (1, 2, 3):
         graph.last = "x"
@@ -177,9 +177,9 @@ def _branches(channels: int, height: int, width: int) -> _Graph:
     return graph.op("Add", "x").op("Relu")
 
 
-def _detector(channels: int, height: int, width: int) -> _Graph:
+def _detector(channels: int, height: int, width: int) -> Builder:
     """Scores and boxes for each place of a picture."""
-    graph = _Graph((1, channels, height, width))
+    graph = Builder((1, channels, height, width))
     ends = []
     for outputs in (6, 12):
         graph.last = "x"
@@ -190,33 +190,33 @@ def _detector(channels: int, height: int, width: int) -> _Graph:
     return graph.op("Softmax", axis=-1).op("Concat", ends[1], axis=-1)
 
 
-def _digits(size: int) -> _Graph:
-    graph = _Graph((1, 1, size, size)).conv(1, 8, 5, 5)
+def _digits(size: int) -> Builder:
+    graph = Builder((1, 1, size, size)).conv(1, 8, 5, 5)
     graph.op("MaxPool", kernel_shape=[2, 2], strides=[2, 2]).conv(8, 16, 5, 5)
     return graph.op("MaxPool", kernel_shape=[3, 3], strides=[3, 3])
 
 
-def _enlarging(size: int) -> _Graph:
-    graph = _Graph((1, 3, size, size)).conv(3, 48, 5, 5).conv(48, 24, 3, 3)
+def _enlarging(size: int) -> Builder:
+    graph = Builder((1, 3, size, size)).conv(3, 48, 5, 5).conv(48, 24, 3, 3)
     return graph.conv(24, 12, 3, 3, relu=False).op("DepthToSpace", blocksize=2)
 
 
-def _sequence(channels: int, length: int, outputs: int, times: int = 1) -> _Graph:
-    graph = _Graph((1, channels, length))
+def _sequence(channels: int, length: int, outputs: int, times: int = 1) -> Builder:
+    graph = Builder((1, channels, length))
     for index in range(times):
         graph.conv(outputs if index else channels, outputs, 5)
     return graph
 
 
-def _one_hot(rows: int, classes: int, width: int) -> _Graph:
-    graph = _Graph((1, rows, 1)).op("Abs")
+def _one_hot(rows: int, classes: int, width: int) -> Builder:
+    graph = Builder((1, rows, 1)).op("Abs")
     graph.op("Equal", graph.constant(np.arange(classes, dtype=np.float32)))
     return graph.op("Cast", to=FLOAT).op("MatMul", graph.weight(classes, width))
 
 
-def _standardized(rows: int, width: int) -> _Graph:
+def _standardized(rows: int, width: int) -> Builder:
     """A normalization, spelled out."""
-    graph = _Graph((1, rows, width))
+    graph = Builder((1, rows, width))
     axes = graph.constant(np.array([-1], np.int64))
     share = graph.constant(np.float32(1 / width))
     mean = graph.op("ReduceSum", axes, keepdims=1).op("Mul", share).last
@@ -232,14 +232,14 @@ def _standardized(rows: int, width: int) -> _Graph:
     return graph.op("Mul", graph.weight(width)).op("Add", graph.weight(width))
 
 
-def _normalizations(rows: int, width: int, times: int) -> _Graph:
-    graph = _Graph((rows, width))
+def _normalizations(rows: int, width: int, times: int) -> Builder:
+    graph = Builder((rows, width))
     for _ in range(times):
         graph.normalized(width)
     return graph
 
 
-MICROBENCHMARKS: dict[str, Callable[[], _Graph]] = {
+MICROBENCHMARKS: dict[str, Callable[[], Builder]] = {
     "call": lambda: _each("Relu", 4),
     "small chain": lambda: _chain(8),
     "perceptron of one row": lambda: _perceptron(1, 512, 128, 128, 128, 512),

@@ -182,11 +182,11 @@ class CpuMachine:
             if name in habits.reach:
                 rate = min(rate, habits.reach[name] * peak)
             rate *= c[part] / slower
-            stored = name != dtype or name == "float32"
+            on_floats = name != dtype or name == "float32"
             counted = context.share * min(operations / max(known, 1.0), 1.0)
             for one in kernel.products:
                 dense += counted * self._product(kernel, one, rate, peak)
-                alone += counted * self._unpacked(kernel, one, copying) if stored else 0.0
+                alone += counted * self._unpacked(kernel, one, copying) if on_floats else 0.0
             rest = max(operations - known, 0.0) * context.share / rate
             if habits.attention:
                 alone += rest * habits.attention
