@@ -38,6 +38,8 @@ def rows() -> Iterator[Row]:
         for recipe in RECIPES[1:] if found else ():
             # A machine that is slow today is so for float32 as well.
             ratios = [times[recipe] / times["none"] for times in found.values() if recipe in times]
+            if not ratios:
+                continue
             off = median(max(one, 1 / one) for one in ratios) - 1
             yield Row(
                 f"{engine}, {recipe}: predicted / measured speed-up, {len(ratios)} pieces",
