@@ -281,6 +281,13 @@ def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and node.domain == domain
 
 
+def is_plain_product(node: ir.Node) -> bool:
+    """Whether a product takes its first operand as it lies and what it adds up as it is: a Gemm may
+    turn and scale them."""
+    factors = (attribute(node, name, 1.0) for name in ("alpha", "beta"))
+    return all(factor == 1.0 for factor in factors) and not attribute(node, "transA", 0)
+
+
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node that makes ``value`` if it is one of ``op_types`` (of the standard domain)."""
     node = value.producer() if value is not None else None

@@ -16,6 +16,7 @@ from trivium.compiler.passing import (
     initializer,
     is_constant,
     is_op,
+    is_plain_product,
     option,
     splice,
     unread,
@@ -64,7 +65,7 @@ class QuantizeDynamic(NodePass):
             return decline(node, "its weight is no matrix")
         if np.prod([size or 0 for size in shape]) < self.min_elements:
             return False
-        if node.op_type == "Gemm" and not _plain(node):
+        if node.op_type == "Gemm" and not is_plain_product(node):
             return decline(node, "it has factors or reads its data transposed")
         array = weight(value)
         assert array is not None
@@ -112,11 +113,6 @@ class QuantizeDynamic(NodePass):
         axis = 1 if self.per_channel else None
         scale, _ = linear.fit(*linear.extremes(matrix, axis), grid, symmetric=True)
         return linear.quantize(matrix, linear.along(scale, axis, 2), 0, grid), scale
-
-
-def _plain(node: ir.Node) -> bool:
-    factors = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
-    return factors and not attribute(node, "transA", 0)
 
 
 def _quantized(source: ir.Value, made: list[ir.Node]) -> ir.Node:

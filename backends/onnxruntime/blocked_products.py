@@ -17,6 +17,7 @@ from trivium.compiler.passing import (
     initializer,
     is_constant,
     is_op,
+    is_plain_product,
     producer,
     splice,
 )
@@ -68,7 +69,7 @@ class PackBlockedProducts(NodePass):
         summed = 1 if attribute(node, "transB", 0) else 0
         if not stored or len(shape) != 2 or attribute(dequantize, "axis", 1) % 2 != summed:
             return decline(node, "its blocks do not lie along the axis that is summed over")
-        if attribute(node, "transA", 0) or not _is_plain(node):
+        if not is_plain_product(node):
             return decline(node, "a Gemm with a turned or scaled operand")
         if size < 16 or size & (size - 1):
             return decline(node, f"blocks of {size}: MatMulNBits has powers of two from 16")
@@ -94,13 +95,6 @@ class PackBlockedProducts(NodePass):
             made.append(ir.node("Add", [value, node.inputs[2]], name=f"{node.name}_bias"))
         splice([node, dequantize], made)
         return True
-
-
-def _is_plain(node: ir.Node) -> bool:
-    """Whether a product adds what it adds as it is."""
-    return node.op_type == "MatMul" or all(
-        attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")
-    )
 
 
 def _operands(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from trivium.compiler.passing import attribute, dims, is_constant, is_op, weight
+from trivium.compiler.passing import attribute, dims, is_constant, is_op, is_plain_product, weight
 from trivium.passes.quantization.moments import patches
 from trivium.passes.quantization.walk import Walk
 
@@ -165,8 +165,7 @@ def _lessons(
         shape = dims(value)
         if not is_constant(value) or value.const_value is None or shape is None or None in shape:
             continue
-        plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta"))
-        if not plain or attribute(node, "transA", 0) or len(shape) < 2:
+        if not is_plain_product(node) or len(shape) < 2:
             continue
         if node.op_type == "MatMul" and len(shape) != 2:
             continue
