@@ -259,7 +259,8 @@ def _notes(
 ) -> tuple[str, ...]:
     """What a reader of the manifest should know: how a slice is used, what a CPU cannot show."""
     notes = [one["partition"]["note"] for one in result["programs"].values()]
-    if any(one["quantized_products"] == "float" for one in result["programs"].values()):
+    on_floats = any(one["quantized_products"] == "float" for one in result["programs"].values())
+    if on_floats and device.platform == "cuda":
         notes.append(
             "quantized products are computed on floats: XLA has no convolution of integers for "
             "this GPU"

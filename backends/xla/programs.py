@@ -72,7 +72,7 @@ def build_program(
     memory = memory_of(made.compiled)
     require_fit(memory, capacity(job, len(devices)), job["target"])
     return {
-        **_described(made.lowered, made.outputs, mode),
+        **_described(made.lowered, made.outputs, "float" if device.platform == "cpu" else mode),
         "stacks": dict(made.lowered.stacks),
         "rolled": rolled,
         "partition": made.split.to_json(),

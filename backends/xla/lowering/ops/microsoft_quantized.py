@@ -15,7 +15,7 @@ from trivium.backends.xla.lowering.ops.microsoft import embed_layer_normalizatio
 from trivium.backends.xla.lowering.ops.pooling import average_pool
 from trivium.backends.xla.lowering.ops.quantization import (
     aligned,
-    centred,
+    centred_product,
     dequantize_linear,
     qlinear_conv,
     quantize_linear,
@@ -136,10 +136,7 @@ def dynamic_quantize_matmul(
     scale = jnp.where(high == low, 1, (high - low) / 255).astype(x.dtype)
     zero = jnp.clip(jnp.round(-low / scale), 0, 255).astype("int32")
     quantized = jnp.clip(jnp.round(x / scale) + zero, 0, 255).astype("int32") - zero
-    wide = jnp.asarray(w).astype("int32")
-    wide = wide if w_zero is None else wide - jnp.asarray(w_zero).astype("int32")
-    y = jnp.matmul(quantized, wide, preferred_element_type="int32").astype(x.dtype)
-    y = y * (scale * w_scale)
+    y = centred_product(op, quantized, None, w, w_zero).astype(x.dtype) * (scale * w_scale)
     return y if bias is None else y + bias
 
 
@@ -166,9 +163,7 @@ def qgemm(
     """Integers multiplied, ``c`` (int32) added, scaled; a float unless ``y_scale`` is given."""
     a = jnp.transpose(a) if op.attr("transA", 0) else a
     b = jnp.transpose(b) if op.attr("transB", 0) else b
-    total = jnp.matmul(
-        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
-    )
+    total = centred_product(op, a, a_zero, b, b_zero)
     total = total if c is None else total + c
     factor = jnp.asarray(op.attr("alpha", 1.0), "float32") * a_scale * b_scale
     y = total.astype("float32") * factor
@@ -180,9 +175,7 @@ def matmul_integer_to_float(
     op: Op, a: Any, b: Any, a_scale: Any, b_scale: Any, a_zero: Any = None, b_zero: Any = None,
     bias: Any = None,
 ) -> Any:  # fmt: skip
-    total = jnp.matmul(
-        centred(a, a_zero, -1), centred(b, b_zero, -2), preferred_element_type="int32"
-    )
+    total = centred_product(op, a, a_zero, b, b_zero)
     y = total.astype(a_scale.dtype) * (jnp.asarray(a_scale) * b_scale)
     return y if bias is None else y + bias
 

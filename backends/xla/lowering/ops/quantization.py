@@ -100,10 +100,12 @@ def centred(x: Any, zero: Any, axis: int) -> Any:
 
 @handles("MatMulInteger", since=10)
 def matmul_integer(op: Op, a: Any, b: Any, a_zero: Any = None, b_zero: Any = None) -> Any:
-    return _integer_product(op, centred(a, a_zero, -1), centred(b, b_zero, -2))
+    return centred_product(op, a, a_zero, b, b_zero)
 
 
-def _integer_product(op: Op, a: Any, b: Any) -> Any:
+def centred_product(op: Op, a: Any, a_zero: Any, b: Any, b_zero: Any) -> Any:
+    """The int32 product of two tensors of integers less their zero points."""
+    a, b = centred(a, a_zero, -1), centred(b, b_zero, -2)
     if op.frame.platform == "cpu":
         exact = integer_matmul(a, b)
         if exact is not None:
@@ -116,7 +118,7 @@ def qlinear_matmul(
     op: Op, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any, b_zero: Any, y_scale: Any,
     y_zero: Any,
 ) -> Any:  # fmt: skip
-    total = _integer_product(op, centred(a, a_zero, -1), centred(b, b_zero, -2))
+    total = centred_product(op, a, a_zero, b, b_zero)
     left = jnp.asarray(a_scale).astype("float32")
     left = left[..., None] if left.ndim and left.size > 1 else left
     factor = left * jnp.asarray(b_scale).astype("float32") / jnp.asarray(y_scale).astype("float32")
