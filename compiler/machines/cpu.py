@@ -234,7 +234,7 @@ class CpuMachine:
         of them written and read in memory in ``copying`` seconds."""
         weights = product.n * product.k
         each = kernel.weight_bytes / weights
-        if product.batch > 1 or not 0.1 < each < 3.0 or not any(self.habits.unpack_s):
+        if product.batch > 1 or not 0.1 < each < 3.0:
             return 0.0
         own = self.habits.unpack_s[0 if each >= 0.9 else 1]
         return weights * (own + copying) if own else 0.0

@@ -241,17 +241,17 @@ class Trainer:
         return loss, self.objective.score(student, teacher, batch)
 
     def _look(self, look: Any, state: _State, step: int, train_loss: float | None) -> Look:
-        losses, scores, counts = [], [], []
-        for batch in self._held_out():
+        losses, scores, counts, plain = [], [], [], []
+        for batch, changed in self._held_out():
             loss, score = look(state.parameters, state.masks, batch)
             losses.append(float(loss))
             scores.append(float(score))
             counts.append(len(next(iter(batch.values()))))
-        plain = len(range(0, self.held_out.count, self._look_size))
+            plain.append(0 if changed else counts[-1])
         seen = Look(
             step,
             float(np.average(losses, weights=counts)),
-            float(np.average(scores[:plain], weights=counts[:plain])),
+            float(np.average(scores, weights=plain)),
             train_loss,
         )
         state.history.append(seen)
@@ -262,19 +262,17 @@ class Trainer:
             state.best = jax.tree.map(jnp.copy, state.parameters)
         return seen
 
-    @property
-    def _look_size(self) -> int:
-        return min(self.settings.batch, self.held_out.count)
-
-    def _held_out(self) -> Iterator[Feeds]:
-        """The held-out samples in batches; few of them also changed, alike at every look."""
-        count, size = self.held_out.count, self._look_size
+    def _held_out(self) -> Iterator[tuple[Feeds, bool]]:
+        """The held-out samples in batches, and whether they are changed: few of them are looked at
+        so as well, alike at every look."""
+        count = self.held_out.count
+        size = min(self.settings.batch, count)
         rounds = -(-FEW // count) if self.settings.augment else 1
-        for turn in range(max(1, rounds)):
+        for turn in range(rounds):
             for begin in range(0, count, size):
                 batch = self.held_out.take(slice(begin, begin + size))
                 rng = np.random.default_rng([self.settings.seed, 4, turn, begin])
-                yield self._changed(rng, batch) if turn else batch
+                yield (self._changed(rng, batch) if turn else batch), turn > 0
 
     def _verdict(self, state: _State) -> tuple[str, str]:
         first, last = state.history[0], state.history[-1]
